@@ -1,0 +1,9 @@
+"""Kernels for video transformers that run on fewer tokens: attention with keyframe-weighted importance and top-k,
+token scatter, and 3D RoIAlign straight on pruned tokens."""
+
+from ._backend import backends, use_backend
+from .scatter_tokens import scatter_tokens
+
+__version__ = "0.1.0"
+
+__all__ = ["backends", "scatter_tokens", "use_backend"]

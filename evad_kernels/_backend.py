@@ -1,0 +1,158 @@
+"""The one table of backends: which implementation serves an op, and why another does not.
+
+Backends
+    reference   plain PyTorch, beside each op; every device and dtype; what the others are checked against
+    cpu         C++ kernels of the native module (csrc/)
+    triton      Triton kernels, a GPU without nvcc
+    cuda        CUDA C++ kernels of the native module
+
+``choose`` is plain Python on module globals, so torch.compile traces through it and recompiles when the choice changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# op -> its backends beside "reference", in order of preference where several serve one device.
+IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "keyframe_attention": ("cpu",),
+    "keyframe_attention_topk": ("cpu",),
+    "select_tokens": ("cpu",),
+    "gather_tokens": ("cpu",),
+    "scatter_tokens": ("cpu",),
+    "roi_align_3d": ("cpu",),
+    "roi_pool_3d": ("cpu",),
+    "pyramid_roi_align": ("cpu",),
+}
+
+DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # backend -> the device type it serves
+
+DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/host_device.h: DType
+
+
+def _load_native():
+    """The compiled module and None, or None and the reason why it is missing."""
+    try:
+        from . import _native
+    except ImportError as error:
+        note = Path(__file__).with_name("_native_missing.txt")
+        return None, note.read_text().strip() if note.exists() else f"native module not built ({error})"
+    return _native, None
+
+
+native, _native_missing = _load_native()
+if native is None:
+    warnings.warn(
+        f"evad_kernels: the CPU kernels are missing: {_native_missing}. Ops run in plain PyTorch, which is slower.",
+        stacklevel=2,
+    )
+
+
+def _missing(backend: str) -> str | None:
+    """Why ``backend`` cannot run on this machine, or None."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return _native_missing
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if backend == "cuda":
+        return _native_missing if native is None else None if native.with_cuda else "built without nvcc"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton does not import ({error})"
+    return None
+
+
+MISSING = {backend: _missing(backend) for backend in BACKENDS}  # asked once: choose() is on every call's path
+
+
+def _validated(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {(*BACKENDS, 'auto')}, got {name!r}")
+    return name
+
+
+_requested = _validated(os.environ.get("EVAD_KERNELS_BACKEND", "auto"))
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops called inside on one backend.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda", or "auto" for the best available. A backend asked for by name never
+            falls back: an op that it cannot serve raises.
+    Raises:
+        ValueError: no such backend.
+    """
+    global _requested
+    before, _requested = _requested, _validated(name)
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def choose(op: str, tensor: Tensor) -> str:
+    """The backend that serves ``op`` on ``tensor``'s device.
+
+    Raises:
+        RuntimeError: the backend asked for by name does not serve this op, device or machine.
+    """
+    device = tensor.device.type
+    if _requested == "auto":
+        for backend in IMPLEMENTED[op]:
+            if DEVICE[backend] == device and MISSING[backend] is None:
+                return backend
+        return "reference"
+    if _requested != "reference":
+        reason = unavailable(op, _requested)
+        if reason is not None:
+            raise RuntimeError(f"{op}: backend must be available, got {_requested!r}: {reason}")
+        if DEVICE[_requested] != device:
+            raise RuntimeError(
+                f"{op}: backend must serve the tensor's device ({device}), got {_requested!r}, "
+                f"which serves {DEVICE[_requested]}"
+            )
+    return _requested
+
+
+def unavailable(op: str, backend: str) -> str | None:
+    """Why ``backend`` cannot serve ``op`` here, or None."""
+    if backend != "reference" and backend not in IMPLEMENTED[op]:
+        return "not implemented"
+    return MISSING[backend]
+
+
+class Backends(dict):
+    """``{op: {backend: None if available, else the reason}}``; prints as a table."""
+
+    def __str__(self) -> str:
+        cells = {op: {b: "yes" if r is None else f"no: {r}" for b, r in row.items()} for op, row in self.items()}
+        width = max(map(len, cells), default=0)
+        columns = {b: max(len(b), *(len(row[b]) for row in cells.values())) for b in BACKENDS}
+        rows = {"": {b: b for b in BACKENDS}, **cells}
+        lines = (f"{op:<{width}}" + "".join(f"  {row[b]:<{columns[b]}}" for b in BACKENDS) for op, row in rows.items())
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def backends() -> Backends:
+    """Which backend serves which op on this machine, and why not.
+
+    Returns:
+        ``{op: {backend: None if available, else the reason}}``, printing as a table.
+    """
+    return Backends({op: {backend: unavailable(op, backend) for backend in BACKENDS} for op in IMPLEMENTED})

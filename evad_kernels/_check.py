@@ -1,0 +1,60 @@
+"""One wording of errors: ``{op}: {argument} must be {expected}, got {actual}``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def fail(op: str, argument: str, expected: str, actual: object, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{op}: {argument} must be {expected}, got {actual}")
+
+
+def describe(tensor: object) -> str:
+    """Shape and dtype of a tensor, or the type of anything else."""
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def tensor(op: str, argument: str, value: object, ndim: int | Sequence[int], layout: str) -> None:
+    """``value`` is a tensor with one of the numbers of dimensions; ``layout`` is its shape in words, "[B, K, C]"."""
+    if not isinstance(value, Tensor):
+        fail(op, argument, f"a tensor {layout}", type(value).__name__, TypeError)
+    if value.ndim not in ((ndim,) if isinstance(ndim, int) else ndim):
+        fail(op, argument, layout, list(value.shape))
+
+
+def floating(op: str, argument: str, value: Tensor) -> None:
+    if value.dtype not in FLOATING:
+        fail(op, argument, "float32, float64, float16 or bfloat16", str(value.dtype).removeprefix("torch."), TypeError)
+
+
+def int64(op: str, argument: str, value: Tensor) -> None:
+    if value.dtype != torch.int64:
+        fail(op, argument, "int64", str(value.dtype).removeprefix("torch."), TypeError)
+
+
+def same_dtype(op: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
+    if value.dtype != like.dtype:
+        expected = f"of the dtype of {other} ({str(like.dtype).removeprefix('torch.')})"
+        fail(op, argument, expected, str(value.dtype).removeprefix("torch."), TypeError)
+
+
+def same_device(op: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
+    if value.device != like.device:
+        fail(op, argument, f"on the device of {other} ({like.device})", value.device, RuntimeError)
+
+
+def grid(op: str, value: Sequence[int]) -> tuple[int, int, int]:
+    """``(T, Gh, Gw)``, all at least 1."""
+    if len(value) != 3 or not all(isinstance(size, (int, torch.SymInt)) for size in value):
+        fail(op, "grid", "three integers (T, Gh, Gw)", value)
+    if min(value) < 1:
+        fail(op, "grid", "at least 1 in every dimension", tuple(value))
+    return tuple(value)

@@ -1,0 +1,82 @@
+"""Builds the native module: calls CMake (CMakeLists.txt is the only description of the native build).
+
+Without a C++ compiler the package still installs: the reason is written beside the package, where
+``evad_kernels.backends()`` reads it, and operators fall back to plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+MISSING = "_native_missing.txt"
+
+
+def missing_compiler() -> str | None:
+    """Why there is no working C++ compiler here, or None."""
+    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    if compiler is None:
+        return "no C++ compiler was found when the package was installed (looked for $CXX, c++, g++, clang++)"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <vector>\nint main() { return static_cast<int>(std::vector<int>().size()); }\n")
+        try:
+            subprocess.run(
+                [*compiler.split(), str(source), "-o", str(Path(folder, "probe"))], check=True, capture_output=True
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            detail = getattr(error, "stderr", b"") or str(error).encode()
+            return f"the C++ compiler {compiler} could not build a program: {detail.decode(errors='replace')[-300:]}"
+    return None
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, extension: Extension) -> None:
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        note = target.parent / MISSING
+        reason = missing_compiler()
+        if reason is not None:
+            message = f"{reason}; installing without native kernels (Triton and plain PyTorch only)"
+            print(f"evad_kernels: WARNING: {message}", file=sys.stderr)
+            note.write_text(reason + "\n")
+            return
+        note.unlink(missing_ok=True)
+        # A fresh folder each time: under build isolation a kept CMake cache points at a deleted ninja.
+        with tempfile.TemporaryDirectory(prefix="evad_kernels_build_") as build:
+            configure = [
+                "cmake",
+                *("-S", str(ROOT), "-B", build, "-G", "Ninja"),
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-DEVAD_OUTPUT_DIRECTORY={target.parent}",
+                f"-DEVAD_OUTPUT_NAME={target.name}",
+                *os.environ.get("CMAKE_ARGS", "").split(),
+            ]
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", build], check=True)
+
+    def get_outputs(self) -> list[str]:
+        return [output for output in super().get_outputs() if Path(output).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place builds write beside the sources already; a build without a compiler has nothing to copy."""
+        package = ROOT / "evad_kernels"
+        for extension in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(extension.name)
+            for path in (built, built.parent / MISSING):
+                if path.exists():
+                    shutil.copy2(path, package / path.name)
+            if built.exists():
+                (package / MISSING).unlink(missing_ok=True)
+
+
+setup(ext_modules=[Extension("evad_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,169 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import evad_kernels
+from evad_kernels import scatter_tokens, use_backend
+from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
+
+# name: (B, K, C, grid)
+CASES = {
+    "odd": (2, 37, 19, (3, 5, 7)),
+    "one cell": (1, 1, 1, (1, 1, 1)),
+    "all kept": (2, 24, 8, (2, 3, 4)),
+    "many rows": (1, 700, 33, (8, 11, 13)),
+    "paper 224": (2, 539, 384, (8, 14, 14)),
+}
+
+
+def make(case, dtype=torch.float32, fill=None, seed=0):
+    B, K, C, grid = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    cells = grid[0] * grid[1] * grid[2]
+    tokens = torch.randn(B, K, C, generator=generator, dtype=torch.float64).to(dtype)
+    position = torch.stack([torch.randperm(cells, generator=generator)[:K] for _ in range(B)])
+    shape = {"none": None, "row": (C,), "cells": (cells, C)}[fill or "none"]
+    fill = None if shape is None else torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return tokens, position, grid, fill
+
+
+def expected(tokens, position, grid, fill):
+    """The paper's sentence, cell by cell."""
+    B, _, C = tokens.shape
+    cells = grid[0] * grid[1] * grid[2]
+    blank = torch.zeros(cells, C, dtype=tokens.dtype) if fill is None else fill.expand(cells, C)
+    dense = blank.repeat(B, 1, 1)
+    for b in range(B):
+        for k, cell in enumerate(position[b].tolist()):
+            dense[b, cell] = tokens[b, k]
+    return dense.view(B, *grid, C)
+
+
+@pytest.mark.parametrize("fill", ["none", "row", "cells"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(backend, case, dtype, fill):
+    tokens, position, grid, fill = make(case, dtype, fill)
+    dense = scatter_tokens(tokens, position, grid=grid, fill=fill)
+    assert torch.equal(dense, expected(tokens, position, grid, fill))
+
+
+@pytest.mark.parametrize("fill", ["none", "row", "cells"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["odd", "many rows"])
+def test_gradient(case, dtype, fill):
+    tokens, position, grid, fill = make(case, dtype, fill)
+    inputs = [tokens] if fill is None else [tokens, fill]
+
+    def run(tokens, fill=None):
+        return scatter_tokens(tokens, position, grid=grid, fill=fill)
+
+    _, actual = gradients(run, inputs)
+    with use_backend("reference"):
+        _, reference = gradients(run, inputs)
+        _, truth = gradients(run, [x.double() for x in inputs])
+    for label, *grads in zip(["grad_tokens", "grad_fill"], actual, reference, truth, strict=False):
+        assert_accurate(*grads, label=label)
+
+
+def test_strides(backend):
+    tokens, position, grid, _ = make("odd")
+    want = expected(tokens, position, grid, None)
+    for name, strided in layouts(tokens):
+        assert torch.equal(scatter_tokens(strided, position, grid=grid), want), name
+    for name, strided in layouts(position):
+        assert torch.equal(scatter_tokens(tokens, strided, grid=grid), want), name
+
+
+def test_registration():
+    tokens, position, grid, fill = make("odd", fill="cells")
+    cells = grid[0] * grid[1] * grid[2]
+    for blank in (None, fill, fill[0]):
+        blank = None if blank is None else blank.clone().requires_grad_()
+        assert_registered(
+            torch.ops.evad_kernels.scatter_tokens.default, tokens.clone().requires_grad_(), position, blank, cells
+        )
+
+
+def test_compiles_without_graph_break(backend):
+    tokens, position, grid, fill = make("odd", fill="row")
+    tokens.requires_grad_()
+    compiled = torch.compile(scatter_tokens, fullgraph=True)
+    dense = compiled(tokens, position, grid=grid, fill=fill)
+    assert torch.equal(dense, expected(tokens, position, grid, fill))
+    (grad,) = torch.autograd.grad(dense.square().sum(), tokens)
+    torch.testing.assert_close(grad, 2 * tokens.detach())
+
+
+def test_second_backward_raises():
+    tokens, position, grid, _ = make("odd")
+    tokens.requires_grad_()
+    with use_backend("cpu"):
+        dense = scatter_tokens(tokens, position, grid=grid)
+    (grad,) = torch.autograd.grad(dense.square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        torch.autograd.grad(grad.sum(), tokens)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=["B", "K", "C"])
+def test_edges(backend, shape):
+    B, K, C = shape
+    tokens = torch.ones(B, K, C, requires_grad=True)
+    position = torch.arange(K).expand(B, K)
+    dense = scatter_tokens(tokens, position, grid=(1, 2, 3), fill=torch.full((C,), 7.0))
+    assert dense.shape == (B, 1, 2, 3, C)
+    if K == 0:
+        assert (dense == 7).all()
+    (grad,) = torch.autograd.grad(dense.sum(), tokens)
+    assert grad.shape == tokens.shape
+
+
+def test_later_of_equal_positions_is_placed(backend):
+    tokens = torch.tensor([[[1.0], [2.0], [3.0]]], requires_grad=True)
+    dense = scatter_tokens(tokens, torch.tensor([[1, 0, 1]]), grid=(1, 1, 2))
+    assert dense.flatten().tolist() == [2, 3]
+    (grad,) = torch.autograd.grad(dense.sum(), tokens)
+    assert grad.flatten().tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [-1, 12, 2**31, -(2**63), 2**63 - 1])
+def test_rejects_position_outside(backend, bad):
+    position = torch.tensor([[0, bad]])
+    with pytest.raises(ValueError, match=r"scatter_tokens: position must be in \[0, 12\), got"):
+        scatter_tokens(torch.ones(1, 2, 3), position, grid=(1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tokens": torch.ones(5, 3)}, ValueError, "tokens must be"),
+        ({"tokens": torch.ones(2, 5, 3, dtype=torch.int32)}, TypeError, "tokens must be float32"),
+        ({"tokens": "x"}, TypeError, "tokens must be a tensor"),
+        ({"position": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "position must be"),
+        ({"position": torch.zeros(2, 5, dtype=torch.int32)}, TypeError, "position must be int64"),
+        ({"grid": (1, 2)}, ValueError, "grid must be three integers"),
+        ({"grid": (0, 2, 2)}, ValueError, "grid must be at least 1"),
+        ({"fill": torch.ones(4)}, ValueError, "fill must be"),
+        ({"fill": torch.ones(3, dtype=torch.float64)}, TypeError, "fill must be of the dtype of tokens"),
+        ({"fill": torch.ones(3, device="meta")}, RuntimeError, "fill must be on the device of tokens"),
+    ],
+)
+def test_rejects_bad_input(backend, change, error, message):
+    arguments = {"tokens": torch.ones(2, 5, 3), "position": torch.arange(5).expand(2, 5), "grid": (1, 2, 3)}
+    arguments.update(change)
+    with pytest.raises(error, match=f"scatter_tokens: {message}"):
+        scatter_tokens(**arguments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    B, C = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 70))
+    grid = tuple(data.draw(st.integers(1, 6)) for _ in range(3))
+    cells = grid[0] * grid[1] * grid[2]
+    K = data.draw(st.integers(0, cells))
+    tokens = torch.randn(B, K, C)
+    position = torch.stack([torch.randperm(cells)[:K] for _ in range(B)]) if B else torch.zeros(0, K, dtype=torch.int64)
+    got = evad_kernels.scatter_tokens(tokens, position, grid=grid)
+    assert torch.equal(got, expected(tokens, position, grid, None))
