@@ -9,6 +9,7 @@
 #include "cell_map.h"
 #include "host_device.h"
 #include "scatter_tokens.h"
+#include "token_selection.h"
 
 namespace py = pybind11;
 using namespace evad;
@@ -78,6 +79,20 @@ void bind_scatter_tokens(py::module_& m) {
       NoGil());
 }
 
+void bind_token_selection(py::module_& m) {
+  m.def(
+      "select_tokens",
+      [](Address importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select, int dtype,
+         Address index, int threads) {
+        with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+          using T = decltype(zero);
+          select_tokens<T>(pointer<const T>(importance), stride_b, stride_m, B, M, num_select, pointer<int64_t>(index),
+                           threads);
+        });
+      },
+      NoGil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -89,4 +104,5 @@ PYBIND11_MODULE(_native, m) {
 #endif
   bind_cell_map(m);
   bind_scatter_tokens(m);
+  bind_token_selection(m);
 }

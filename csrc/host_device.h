@@ -46,6 +46,12 @@ EVAD_HOST_DEVICE uint32_t float_to_bits(float value) {
   return bits;
 }
 
+EVAD_HOST_DEVICE uint64_t double_to_bits(double value) {
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 EVAD_HOST_DEVICE float to_float(bfloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 
 EVAD_HOST_DEVICE float to_float(float16 x) {

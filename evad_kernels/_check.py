@@ -58,3 +58,11 @@ def grid(op: str, value: Sequence[int]) -> tuple[int, int, int]:
     if min(value) < 1:
         fail(op, "grid", "at least 1 in every dimension", tuple(value))
     return tuple(value)
+
+
+def integer(op: str, argument: str, value: int, low: int, high: int, meaning: str) -> None:
+    """``low <= value <= high``; ``meaning`` is the range in words, "[0, M = 12]"."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        fail(op, argument, f"an integer in {meaning}", type(value).__name__, TypeError)
+    if not low <= value <= high:
+        fail(op, argument, f"in {meaning}", value)
