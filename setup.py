@@ -79,4 +79,7 @@ class CMakeBuild(build_ext):
                 (package / MISSING).unlink(missing_ok=True)
 
 
-setup(ext_modules=[Extension("evad_kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# `depends` carries what CMake reads into the source distribution.
+depends = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())]
+native = Extension("evad_kernels._native", sources=[], depends=depends)
+setup(ext_modules=[native], cmdclass={"build_ext": CMakeBuild})

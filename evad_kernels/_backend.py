@@ -139,12 +139,18 @@ class Backends(dict):
     """``{op: {backend: None if available, else the reason}}``; prints as a table."""
 
     def __str__(self) -> str:
-        cells = {op: {b: "yes" if r is None else f"no: {r}" for b, r in row.items()} for op, row in self.items()}
-        width = max(map(len, cells), default=0)
-        columns = {b: max(len(b), *(len(row[b]) for row in cells.values())) for b in BACKENDS}
-        rows = {"": {b: b for b in BACKENDS}, **cells}
-        lines = (f"{op:<{width}}" + "".join(f"  {row[b]:<{columns[b]}}" for b in BACKENDS) for op, row in rows.items())
-        return "\n".join(line.rstrip() for line in lines)
+        reasons = list(dict.fromkeys(reason for row in self.values() for reason in row.values() if reason))
+        rows = {
+            op: {b: "yes" if r is None else f"no ({reasons.index(r) + 1})" for b, r in row.items()}
+            for op, row in self.items()
+        }
+        width = max(map(len, rows), default=0)
+        lines = (
+            f"{op:<{width}}" + "".join(f"  {row[b]:<{max(len(b), 6)}}" for b in BACKENDS)
+            for op, row in {"": {b: b for b in BACKENDS}, **rows}.items()
+        )
+        notes = (f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
+        return "\n".join(line.rstrip() for line in (*lines, *notes))
 
     __repr__ = __str__
 

@@ -1,0 +1,296 @@
+"""The package as a whole: the build, the table of backends, what is public and how it is documented."""
+
+import ast
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import evad_kernels
+from evad_kernels import _backend, scatter_tokens, use_backend
+
+ROOT = Path(__file__).parent.parent
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# The contract. Beside these, `backends` and `use_backend` are public.
+SIGNATURES = {
+    "keyframe_attention": "(query, key, value, *, num_keyframe, keyframe_weight=1.0, scale=None)",
+    "select_tokens": "(importance, num_select)",
+    "gather_tokens": "(tokens, index, *, num_keyframe=0)",
+    "keyframe_attention_topk": "(query, key, value, *, num_keyframe, num_select, keyframe_weight=1.0, scale=None)",
+    "scatter_tokens": "(tokens, position, *, grid, fill=None)",
+    "roi_align_3d": "(tokens, position, boxes, *, grid, output_size=7, spatial_scale=0.0625, sampling_ratio=2, "
+    "aligned=True, background=None)",
+    "roi_pool_3d": "(tokens, position, boxes, *, grid, output_size=7, spatial_scale=0.0625, sampling_ratio=2, "
+    "aligned=True, background=None)",
+    "pyramid_roi_align": "(levels, boxes, *, strides=(4, 8, 16, 32), output_size=7, sampling_ratio=2, "
+    "canonical_size=224, canonical_level=4)",
+}
+PUBLIC = sorted(SIGNATURES.keys() & set(evad_kernels.__all__))
+
+
+def run(*command, **options):
+    """A subprocess's standard output; a failure shows the end of its error output."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    process = subprocess.run([str(part) for part in command], **options)
+    assert process.returncode == 0, f"{process.stdout[-2000:]}\n{(process.stderr or '')[-4000:]}"
+    return process.stdout
+
+
+def fresh_python(code, **environment):
+    """Runs ``code`` in a new interpreter that sees the checkout, and reads what it prints as JSON."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return json.loads(run(sys.executable, "-c", textwrap.dedent(code), env=environment, cwd=environment["PYTHONPATH"]))
+
+
+@pytest.fixture
+def native():
+    if _backend.native is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    return _backend.native
+
+
+# The native module
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells what is mapped on Linux only")
+def test_native_module_is_free_of_torch_and_cuda(native):
+    loaded = fresh_python(f"""
+        import importlib.util, json, sys
+        spec = importlib.util.spec_from_file_location("evad_kernels._native", {native.__file__!r})
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        libraries = sorted({{line.split("/")[-1].strip() for line in open("/proc/self/maps") if ".so" in line}})
+        print(json.dumps([module.with_cuda in (True, False), "torch" in sys.modules, libraries]))
+    """)
+    usable, torch_imported, libraries = loaded
+    assert usable and not torch_imported
+    assert any(library.startswith("_native") for library in libraries)
+    foreign = ("libtorch", "libc10", "libcudart", "libcuda.", "libcublas", "libnv")
+    assert not [library for library in libraries if library.startswith(foreign)], libraries
+
+
+def test_imports_without_a_gpu(native):
+    assert fresh_python(
+        "import json, evad_kernels; print(json.dumps(evad_kernels.backends()['scatter_tokens']))",
+        CUDA_VISIBLE_DEVICES="",
+        EVAD_KERNELS_BACKEND="auto",
+    ) == {"reference": None, "cpu": None, "triton": _reason("triton"), "cuda": _reason("cuda")}
+
+
+def _reason(backend):
+    """Why a GPU backend of scatter_tokens is missing where no GPU is seen."""
+    return "no CUDA device" if backend in _backend.IMPLEMENTED["scatter_tokens"] else "not implemented"
+
+
+# backends() and use_backend()
+
+
+def test_backends_is_a_table_of_reasons():
+    table = evad_kernels.backends()
+    assert set(SIGNATURES) <= set(table)
+    for row in table.values():
+        assert tuple(row) == BACKENDS
+        assert row["reference"] is None
+        assert all(reason is None or reason for reason in row.values())
+    lines = str(table).splitlines()
+    assert lines[0].split() == list(BACKENDS)
+    assert [line.split()[0] for line in lines[1 : len(table) + 1]] == list(table)
+    for reason in {reason for row in table.values() for reason in row.values() if reason}:
+        assert any(line.endswith(reason) for line in lines)
+
+
+def test_missing_native_module_is_explained_and_falls_back(tmp_path):
+    package = tmp_path / "evad_kernels"
+    shutil.copytree(ROOT / "evad_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_native_missing.txt").write_text("no C++ compiler was found\n")
+    row, filled, warned, message = fresh_python(
+        """
+        import json, warnings
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import evad_kernels, torch
+        tokens, position = torch.ones(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64)
+        filled = evad_kernels.scatter_tokens(tokens, position, grid=(1, 1, 2)).flatten().tolist()
+        try:
+            with evad_kernels.use_backend("cpu"):
+                evad_kernels.scatter_tokens(tokens, position, grid=(1, 1, 2))
+        except RuntimeError as error:
+            message = str(error)
+        warned = [str(warning.message) for warning in caught]
+        print(json.dumps([evad_kernels.backends()["scatter_tokens"], filled, warned, message]))
+        """,
+        PYTHONPATH=str(tmp_path),
+    )
+    assert row["cpu"] == "no C++ compiler was found" and row["reference"] is None
+    assert filled == [1, 1, 0, 0]
+    assert any("no C++ compiler was found" in warning for warning in warned)
+    assert message == "scatter_tokens: backend must be available, got 'cpu': no C++ compiler was found"
+
+
+def call():
+    return scatter_tokens(torch.ones(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64), grid=(1, 1, 2))
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "CPU", None, 3])
+def test_rejects_unknown_backend(name):
+    with pytest.raises(ValueError, match="use_backend: name must be one of"), use_backend(name):
+        pass
+    assert _backend._requested == "auto"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_asked_for_by_name_never_falls_back(backend):
+    reason = evad_kernels.backends()["scatter_tokens"][backend]
+    with use_backend(backend):
+        if reason is None and _backend.DEVICE.get(backend, "cpu") == "cpu":
+            call()
+        else:
+            expected = reason or "which serves cuda"
+            with pytest.raises(RuntimeError, match="scatter_tokens: backend must") as error:
+                call()
+            assert expected in str(error.value)
+
+
+def test_use_backend_nests_and_is_restored():
+    assert _backend._requested == "auto"
+    with use_backend("reference"):
+        with use_backend("auto"):
+            assert _backend._requested == "auto"
+        with pytest.raises(KeyError), use_backend("cpu"):
+            raise KeyError
+        assert _backend._requested == "reference"
+    assert _backend._requested == "auto"
+
+
+def test_environment_variable_chooses_the_backend():
+    code = "import json; from evad_kernels import _backend; print(json.dumps(_backend._requested))"
+    assert fresh_python(code, EVAD_KERNELS_BACKEND="reference") == "reference"
+    with pytest.raises(AssertionError, match="use_backend: name must be one of"):
+        fresh_python(code, EVAD_KERNELS_BACKEND="fastest")
+
+
+# What is public
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_signature_is_the_contract(op):
+    assert op in evad_kernels.__all__
+    signature = inspect.signature(getattr(evad_kernels, op))
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    assert str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)) == SIGNATURES[op]
+
+
+def test_every_public_name_is_in_the_contract():
+    functions = {name for name in evad_kernels.__all__ if inspect.isfunction(getattr(evad_kernels, name))}
+    assert functions == {*PUBLIC, "backends", "use_backend"}
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_docstring_names_arguments_results_and_errors(op):
+    function = getattr(evad_kernels, op)
+    documentation = inspect.getdoc(function)
+    first = documentation.splitlines()[0]
+    assert first.endswith(".") and len(first) <= 120
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert f"\n{section}\n" in documentation
+    arguments = documentation.split("Args:\n")[1].split("Returns:\n")[0]
+    for parameter in inspect.signature(function).parameters:
+        assert parameter in arguments, parameter
+
+
+# Layers
+
+
+def imported(path):
+    """(module, name or None) of every absolute import in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "evad_kernels").rglob("*.py")), ids=lambda path: path.stem)
+def test_kernels_import_torch_and_numpy_only(path):
+    packages = {module.split(".")[0] for module, _ in imported(path)} - sys.stdlib_module_names
+    assert packages <= {"torch", "numpy", "triton"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "evad").rglob("*.py")), ids=lambda path: path.stem)
+def test_detector_uses_public_kernels_only(path):
+    public = {*evad_kernels.__all__, "__version__"}
+    for module, name in imported(path):
+        if module.split(".")[0] == "evad_kernels":
+            assert module == "evad_kernels" and (name is None or name in public), f"{module}.{name}"
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "evad_kernels"
+    }
+    assert used <= public
+
+
+# Distributions
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The sources alone: no build, no environment, no history."""
+    folder = tmp_path_factory.mktemp("checkout") / "evad_kernels"
+    unwanted = shutil.ignore_patterns(
+        *(
+            ".git",
+            ".venv*",
+            "venv*",
+            "build",
+            "dist",
+            "*.egg-info",
+            "__pycache__",
+            "*.so",
+            "_native_missing.txt",
+            ".*_cache",
+        )
+    )
+    shutil.copytree(ROOT, folder, ignore=unwanted)
+    return folder
+
+
+def probe(folder, backend):
+    """Runs an op of the package installed in ``folder``, from elsewhere."""
+    return fresh_python(
+        f"""
+        import json, evad_kernels, torch
+        with evad_kernels.use_backend({backend!r}):
+            position = torch.ones(1, 1, dtype=torch.int64)
+            dense = evad_kernels.scatter_tokens(torch.ones(1, 1, 1), position, grid=(1, 1, 2))
+        print(json.dumps([evad_kernels.__file__, dense.flatten().tolist()]))
+        """,
+        PYTHONPATH=str(folder),
+        PYTHONWARNINGS="ignore",
+    ) == [str(folder / "evad_kernels" / "__init__.py"), [0, 1]]
+
+
+@pytest.mark.slow
+def test_wheel_works_in_another_environment(checkout, tmp_path):
+    environment = {**os.environ, "CMAKE_ARGS": "-DEVAD_CUDA=OFF"}
+    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", checkout, env=environment)
+    (wheel,), (_, *_) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "site", wheel)
+    assert probe(tmp_path / "site", "cpu")
+
+
+@pytest.mark.slow
+def test_installs_without_a_compiler(checkout, tmp_path):
+    command = (sys.executable, "-m", "pip", "install", "-v", "--no-deps", "--target", tmp_path / "site", checkout)
+    output = run(*command, env={**os.environ, "CXX": str(tmp_path / "no-such-compiler")}, stderr=subprocess.STDOUT)
+    assert "WARNING" in output and "installing without native kernels" in output
+    assert probe(tmp_path / "site", "auto")
+    assert "no-such-compiler" in (tmp_path / "site" / "evad_kernels" / "_native_missing.txt").read_text()
