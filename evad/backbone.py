@@ -1,0 +1,173 @@
+"""The encoder: a plain video ViT with keyframe-centric token pruning inside some blocks.
+
+Source: EVAD, section 3.2, Eq. 1 and Table 6; the ViT is VideoMAE's (Tong et al., NeurIPS 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import evad_kernels
+
+from .config import EVADConfig
+from .tokens import PositionTable, Tokens, keyframe_first
+
+
+class DropPath(nn.Module):
+    """Drop a residual branch of a sample with probability ``rate`` in training, and scale the kept ones."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        keep = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.rate
+        return branch * (keep.to(branch.dtype) / (1 - self.rate))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; ``topk`` also drops the least important tokens, before the output projection."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self._heads(x)
+        # With every token a keyframe token no importance is asked for: plain attention.
+        output = evad_kernels.keyframe_attention(query, key, value, num_keyframe=x.shape[1]).output
+        return self.proj(output.transpose(1, 2).flatten(2))
+
+    def topk(
+        self, x: Tensor, *, num_keyframe: int, num_select: int, keyframe_weight: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Kept rows [B, K, C], their index among non-keyframe tokens [B, num_select], and importance [B, M]."""
+        query, key, value = self._heads(x)
+        output, index, importance = evad_kernels.keyframe_attention_topk(
+            query, key, value, num_keyframe=num_keyframe, num_select=num_select, keyframe_weight=keyframe_weight
+        )
+        return self.proj(output.transpose(1, 2).flatten(2)), index, importance
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key, value [B, H, N, D]: views of one product."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # a key's bias changes no softmax
+        qkv = F.linear(x, self.qkv.weight, bias)  # [B, N, 3*C]
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def prune(self, tokens: Tokens, num_select: int, keyframe_weight: float, token_order: str) -> Tokens:
+        """The block with ``num_select`` non-keyframe tokens left between attention and MLP."""
+        x, position, num_keyframe = tokens
+        rows, index, importance = self.attn.topk(
+            self.norm1(x), num_keyframe=num_keyframe, num_select=num_select, keyframe_weight=keyframe_weight
+        )
+        if token_order == "importance":
+            order = descending(importance.gather(1, index))
+            index = index.gather(1, order)
+            rows = evad_kernels.gather_tokens(rows, order, num_keyframe=num_keyframe)
+        x = evad_kernels.gather_tokens(x, index, num_keyframe=num_keyframe) + self.drop_path(rows)
+        position = evad_kernels.gather_tokens(position, index, num_keyframe=num_keyframe)
+        return Tokens(x + self.drop_path(self.mlp(self.norm2(x))), position, num_keyframe)
+
+
+def descending(importance: Tensor) -> Tensor:
+    """Index [B, K] that sorts importance [B, K]: highest first, ties by index, NaN last (as select_tokens has them)."""
+    return importance.nan_to_num(-math.inf, math.inf, -math.inf).argsort(dim=1, descending=True, stable=True)
+
+
+def num_select(keep_rate: float, num_tokens: int, num_keyframe: int) -> int:
+    """Non-keyframe tokens that a pruning block keeps: ceil(keep_rate * num_tokens) less the keyframe, at least 0."""
+    return max(math.ceil(keep_rate * num_tokens) - num_keyframe, 0)
+
+
+class Encoded(NamedTuple):
+    """What the encoder hands to the two branches."""
+
+    tokens: Tokens  # normalised
+    grid: tuple[int, int, int]  # (T, Gh, Gw)
+    keyframes: tuple[Tensor, ...]  # [B, C, Gh, Gw] after each of config.pyramid_blocks
+    kept: tuple[Tensor, ...]  # position [B, K] after each pruning block
+
+
+class Encoder(nn.Module):
+    """Clip to kept tokens and keyframe maps."""
+
+    def __init__(self, config: EVADConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.keep_rate = config.keep_rate
+        num_frames = config.num_frames // config.tubelet_size
+        patch = (config.tubelet_size, config.patch_size, config.patch_size)
+        self.patch_embed = nn.Conv3d(3, config.width, kernel_size=patch, stride=patch)
+        self.position_table = PositionTable(num_frames, config.position_size, config.width)
+        drop_path = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(config.width, config.num_heads, config.mlp_ratio, rate) for rate in drop_path)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, clips: Tensor) -> Encoded:
+        """Encode normalised clips [B, 3, T, H, W], H and W multiples of the patch size."""
+        tokens, grid = self.embed(clips)
+        keyframes, kept = [], []
+        for number, block in enumerate(self.blocks):
+            if number in self.config.pruning_blocks and self.keep_rate < 1:
+                tokens = self.prune(block, tokens)
+                kept.append(tokens.position)
+            else:
+                tokens = tokens._replace(x=block(tokens.x))
+            if number in self.config.pyramid_blocks:
+                keyframe = tokens.x[:, : tokens.num_keyframe].transpose(1, 2)
+                keyframes.append(keyframe.unflatten(2, grid[1:]))
+        return Encoded(tokens._replace(x=self.norm(tokens.x)), grid, tuple(keyframes), tuple(kept))
+
+    def embed(self, clips: Tensor) -> tuple[Tokens, tuple[int, int, int]]:
+        """Tokens of every tubelet, with their position codes, and the grid they come from."""
+        x = self.patch_embed(clips)  # [B, C, T, Gh, Gw]
+        B, _, T, Gh, Gw = x.shape
+        x = x.flatten(2).transpose(1, 2) + self.position_table(Gh, Gw, self.patch_embed.weight.dtype)
+        position = torch.arange(T * Gh * Gw, device=x.device).expand(B, -1)
+        x, position = (keyframe_first(cells, self.config.keyframe, Gh * Gw) for cells in (x, position))
+        return Tokens(x, position, Gh * Gw), (T, Gh, Gw)
+
+    def prune(self, block: Block, tokens: Tokens) -> Tokens:
+        """A pruning block; a keep rate that keeps every token makes it a plain one."""
+        num_tokens = tokens.x.shape[1]
+        select = num_select(self.keep_rate, num_tokens, tokens.num_keyframe)
+        if tokens.num_keyframe + select >= num_tokens:
+            return tokens._replace(x=block(tokens.x))
+        return block.prune(tokens, select, self.config.keyframe_weight, self.config.token_order)

@@ -1,0 +1,373 @@
+"""The numbers of EVAD: architecture (paper, Table 6), implementation (Appendix B), presets, released configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TOKEN_ORDERS = ("position", "importance")
+BLANKS = ("mask_token", "zeros")
+
+
+@dataclass(frozen=True)
+class EVADConfig:
+    """Everything that defines a detector. The defaults are the paper's ViT-B at keep rate 0.7.
+
+    Raises:
+        ValueError: a field out of its range, or fields that contradict each other; the message names the field.
+    """
+
+    # Clip (Table 6, "data" and "cube")
+    num_frames: int = 16  # frames a clip
+    frame_stride: int = 4  # video frames from one frame of a clip to the next
+    short_side: int = 224  # pixels; 288 in the comparison with the state of the art
+    pixel_mean: float = 0.45  # pixels in [0, 1] are normalised to (pixel - mean) / std, on all channels
+    pixel_std: float = 0.225
+    tubelet_size: int = 2  # frames a token spans
+    patch_size: int = 16  # pixels a token spans, in height and width
+
+    # Encoder (Table 6)
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.1  # of the last block, growing linearly from 0 at the first; training only
+    position_size: int = 14  # the position table is position_size x position_size cells a frame (224 / 16)
+
+    # Keyframe-centric token pruning (section 3.2)
+    keep_rate: float = 0.7  # of all tokens, at every pruning block; the keyframe's are always kept; 1 prunes nothing
+    pruning_blocks: tuple[int, ...] = (3, 6, 9)  # counted from 0
+    keyframe_weight: float = 1.0  # w_kf of Eq. 1; the paper's best at keep rate 0.6 is 4
+    token_order: str = "position"  # the paper; "importance" is what released checkpoints were trained with
+
+    # Actor localisation (section 3.3, Appendix B)
+    pyramid_blocks: tuple[int, ...] = (2, 5, 8, 11)  # their keyframe tokens become strides 1/4, 1/2, 1, 2 patches
+    num_proposals: int = 100
+    query_width: int = 256  # of proposal features and of the pyramid
+    num_stages: int = 6
+    query_heads: int = 8
+    query_mlp_width: int = 2048
+    dynamic_width: int = 64  # hidden width of the dynamic interaction
+    score_layers: int = 1  # of the tower before the person logits
+    box_layers: int = 3  # of the tower before the box deltas
+    roi_size: int = 7  # RoI bins a side
+    roi_sampling: int = 2  # samples a bin and axis
+    canonical_size: float = 224.0  # pixels; a box of this side is pooled from the third level
+
+    # Action classification (section 3.3, Appendix B)
+    decoder_width: int = 384
+    decoder_depth: int = 6
+    decoder_heads: int = 6
+    decoder_mlp_ratio: float = 4.0
+    decoder_drop_path: float = 0.1
+    action_width: int = 2048  # hidden width of an action classifier
+    num_classes: int = 80
+    roi_extension: tuple[float, float] = (0.4, 0.2)  # of a box's width and height, in all
+    blank: str = "mask_token"  # a dropped cell: learned token + position code (as released), or the paper's "zeros"
+
+    # Inference (Appendix B)
+    person_threshold: float = 0.7
+
+    # Losses (Appendix B)
+    score_loss_weight: float = 2.0  # lambda_ce
+    l1_loss_weight: float = 5.0
+    giou_loss_weight: float = 2.0
+    action_loss_weight: float = 12.0  # lambda_bce
+    background_weight: float = 0.1  # of the class "background" in the cross entropy
+
+    # Optimisation (Appendix B)
+    epochs: int = 12
+    batch_size: int = 16
+    learning_rate: float = 2.5e-5
+    head_learning_rate_scale: float = 8.0  # of the localisation stages and the decoder (released code)
+    weight_decay: float = 1e-4
+    decay_epochs: tuple[int, ...] = (5, 8)  # the learning rate falls tenfold
+    warmup_epochs: float = 2.0
+    warmup_learning_rate: float = 2.5e-6
+
+    def __post_init__(self) -> None:
+        for name in ("pruning_blocks", "pyramid_blocks", "roi_extension", "decay_epochs"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists, as from JSON, are welcome
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                _fail(field.name, "an integer of at least 1", value)
+            if field.type == "float":
+                try:
+                    object.__setattr__(self, field.name, float(value))  # YAML reads 1e-5 as text
+                except (TypeError, ValueError):
+                    _fail(field.name, "a number", value)
+        self._require("keep_rate", 0 < self.keep_rate <= 1, "in (0, 1]")
+        self._require("keyframe_weight", self.keyframe_weight >= 0, "at least 0")
+        self._require("person_threshold", 0 <= self.person_threshold <= 1, "in [0, 1]")
+        self._require("token_order", self.token_order in TOKEN_ORDERS, f"one of {TOKEN_ORDERS}")
+        self._require("blank", self.blank in BLANKS, f"one of {BLANKS}")
+        self._require("num_frames", self.num_frames % self.tubelet_size == 0, f"a multiple of {self.tubelet_size}")
+        self._require("patch_size", self.patch_size % 4 == 0, "a multiple of 4 (the pyramid's first stride is 1/4)")
+        for width, heads in (
+            ("width", "num_heads"),
+            ("query_width", "query_heads"),
+            ("decoder_width", "decoder_heads"),
+        ):
+            self._require(heads, getattr(self, width) % getattr(self, heads) == 0, f"a divisor of {width}")
+        blocks = self.pruning_blocks
+        inside = all(0 <= block < self.depth for block in blocks)
+        self._require(
+            "pruning_blocks", inside and list(blocks) == sorted(set(blocks)), f"ascending in [0, {self.depth})"
+        )
+        blocks = self.pyramid_blocks
+        inside = len(blocks) == 4 and all(0 <= block < self.depth for block in blocks)
+        self._require(
+            "pyramid_blocks", inside and list(blocks) == sorted(set(blocks)), f"four, ascending in [0, {self.depth})"
+        )
+        self._require(
+            "roi_extension", len(self.roi_extension) == 2 and min(self.roi_extension) >= 0, "two numbers of at least 0"
+        )
+
+    def _require(self, field: str, holds: bool, expected: str) -> None:
+        if not holds:
+            _fail(field, expected, getattr(self, field))
+
+    @property
+    def keyframe(self) -> int:
+        """The keyframe among the frames of tokens: the middle one, counted from 0."""
+        return self.num_frames // self.tubelet_size // 2
+
+    @property
+    def strides(self) -> tuple[int, int, int, int]:
+        """Pixels a cell of each pyramid level spans."""
+        return (self.patch_size // 4, self.patch_size // 2, self.patch_size, self.patch_size * 2)
+
+    @property
+    def size_divisor(self) -> int:
+        """Clips are padded to multiples of this many pixels: the coarsest level's cell."""
+        return self.patch_size * 2
+
+    @classmethod
+    def vit_b(cls, keep_rate: float = 0.7, **fields) -> EVADConfig:
+        """The paper's ViT-B: 185 M parameters. ``fields`` replace single numbers."""
+        return cls(keep_rate=keep_rate, **fields)
+
+    @classmethod
+    def vit_l(cls, keep_rate: float = 0.7, **fields) -> EVADConfig:
+        """The paper's ViT-L: 440 M parameters. ``fields`` replace single numbers."""
+        vit_l = {
+            "width": 1024,
+            "depth": 24,
+            "num_heads": 16,
+            "drop_path": 0.2,
+            "pruning_blocks": (6, 12, 18),
+            "pyramid_blocks": (5, 11, 17, 23),
+            "decoder_width": 512,
+            "decoder_depth": 12,
+            "decoder_heads": 8,
+            "batch_size": 8,
+            "learning_rate": 1.25e-5,
+        }
+        return cls(keep_rate=keep_rate, **{**vit_l, **fields})
+
+    @classmethod
+    def tiny(cls, keep_rate: float = 0.7, **fields) -> EVADConfig:
+        """A whole EVAD of 1.7 M parameters for 96 x 96 clips, small enough to train on two CPU cores.
+
+        A token is 4 frames of 12 x 12 pixels (256 tokens a clip), long enough for the keyframe to see motion. The
+        pyramid's canonical size is 48 pixels, so that actors of 32 to 46 pixels and the whole frame use different
+        levels. ``fields`` replace single numbers.
+        """
+        tiny = {
+            "frame_stride": 1,
+            "short_side": 96,
+            "tubelet_size": 4,
+            "patch_size": 12,
+            "width": 96,
+            "depth": 6,
+            "num_heads": 3,
+            "position_size": 8,
+            "pruning_blocks": (2, 3, 4),
+            "pyramid_blocks": (1, 2, 3, 5),
+            "num_proposals": 12,
+            "query_width": 48,
+            "num_stages": 3,
+            "query_heads": 3,
+            "query_mlp_width": 192,
+            "dynamic_width": 16,
+            "canonical_size": 48.0,
+            "decoder_width": 64,
+            "decoder_depth": 2,
+            "decoder_heads": 2,
+            "action_width": 256,
+        }
+        return cls(keep_rate=keep_rate, **{**tiny, **fields})
+
+    @classmethod
+    def from_official(cls, source: Mapping | str | Path) -> EVADConfig:
+        """Read a configuration in the names of the released code; ``token_order`` becomes "importance".
+
+        Args:
+            source: Nested mappings ({"ViT": {"EMBED_DIM": 768, ...}, "MODEL": {...}}), or the path of a YAML file. An
+                absent name has the ViT-B value. Sections other than ViT, MODEL, DETECTION, DATA and SOLVER describe a
+                run, not the model, and are not read.
+        Raises:
+            ValueError: an option that EVAD here does not have, or has only at another value; the message names it.
+            OSError: the file cannot be read.
+        """
+        if not isinstance(source, Mapping):
+            import yaml
+
+            try:
+                source = yaml.safe_load(Path(source).read_text()) or {}
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ValueError(f"from_official: {source} must be a YAML file, got {error}") from error
+            if not isinstance(source, Mapping):
+                _fail("source", "a mapping of sections", type(source).__name__, "from_official")
+        return cls(**_official_fields(source))
+
+
+def _fail(field: str, expected: str, actual: object, where: str = "EVADConfig") -> None:
+    raise ValueError(f"{where}: {field} must be {expected}, got {actual!r}")
+
+
+# Released name -> our field.
+_FIELDS = {
+    "DATA.NUM_FRAMES": "num_frames",
+    "DATA.SAMPLING_RATE": "frame_stride",
+    "ViT.TUBELET_SIZE": "tubelet_size",
+    "ViT.PATCH_SIZE": "patch_size",
+    "ViT.EMBED_DIM": "width",
+    "ViT.DEPTH": "depth",
+    "ViT.NUM_HEADS": "num_heads",
+    "ViT.MLP_RATIO": "mlp_ratio",
+    "ViT.DROP_PATH_RATE": "drop_path",
+    "ViT.FPN_INDICES": "pyramid_blocks",
+    "MODEL.NUM_CLASSES": "num_classes",
+    "MODEL.KTP.ENHANCED_WEIGHT": "keyframe_weight",
+    "MODEL.CRD.ROI_EXTENSION": "roi_extension",
+    "MODEL.CRD.EMBED_DIM": "decoder_width",
+    "MODEL.CRD.DEPTH": "decoder_depth",
+    "MODEL.CRD.NUM_HEADS": "decoder_heads",
+    "MODEL.CRD.MLP_RATIO": "decoder_mlp_ratio",
+    "MODEL.CRD.DROP_PATH_RATE": "decoder_drop_path",
+    "MODEL.SparseRCNN.NUM_PROPOSALS": "num_proposals",
+    "MODEL.SparseRCNN.NHEADS": "query_heads",
+    "MODEL.SparseRCNN.DIM_FEEDFORWARD": "query_mlp_width",
+    "MODEL.SparseRCNN.HIDDEN_DIM": "query_width",
+    "MODEL.SparseRCNN.NUM_CLS": "score_layers",
+    "MODEL.SparseRCNN.NUM_REG": "box_layers",
+    "MODEL.SparseRCNN.NUM_HEADS": "num_stages",
+    "MODEL.SparseRCNN.DIM_DYNAMIC": "dynamic_width",
+    "MODEL.SparseRCNN.CLASS_WEIGHT": "score_loss_weight",
+    "MODEL.SparseRCNN.GIOU_WEIGHT": "giou_loss_weight",
+    "MODEL.SparseRCNN.L1_WEIGHT": "l1_loss_weight",
+    "MODEL.SparseRCNN.ACTION_WEIGHT": "action_loss_weight",
+    "MODEL.SparseRCNN.NO_OBJECT_WEIGHT": "background_weight",
+    "MODEL.SparseRCNN.PERSON_THRESHOLD": "person_threshold",
+    "MODEL.SparseRCNN.ACT_FC_DIM": "action_width",
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": "roi_size",
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": "roi_sampling",
+    "SOLVER.MAX_EPOCH": "epochs",
+    "SOLVER.BASE_LR": "learning_rate",
+    "SOLVER.LR_SCALE": "head_learning_rate_scale",
+    "SOLVER.WEIGHT_DECAY": "weight_decay",
+    "SOLVER.WARMUP_EPOCHS": "warmup_epochs",
+    "SOLVER.WARMUP_START_LR": "warmup_learning_rate",
+}
+
+# Released name -> the one value that EVAD here has.
+_FIXED = {
+    "DATA.INPUT_CHANNEL_NUM": [3],
+    "ViT.USE_LEARNABLE_POS_EMB": False,
+    "ViT.DROP_RATE": 0,
+    "ViT.ATTN_DROP_RATE": 0,
+    "ViT.LAYER_DECAY": 1,
+    "ViT.QKV_BIAS": True,
+    "ViT.QK_SCALE": None,
+    "ViT.INIT_VALUES": 0,
+    "MODEL.CRD.USE_LEARNABLE_POS_EMB": False,
+    "MODEL.CRD.DROP_RATE": 0,
+    "MODEL.CRD.ATTN_DROP_RATE": 0,
+    "MODEL.SparseRCNN.NUM_CLASSES": 1,
+    "MODEL.SparseRCNN.DROPOUT": 0,
+    "MODEL.SparseRCNN.ACTIVATION": "relu",
+    "MODEL.SparseRCNN.NUM_ACT": 1,
+    "MODEL.SparseRCNN.NUM_DYNAMIC": 2,
+    "MODEL.SparseRCNN.DEEP_SUPERVISION": True,
+    "MODEL.SparseRCNN.USE_FOCAL": False,
+    "MODEL.SparseRCNN.SOFTMAX_POSE": False,
+    "MODEL.SparseRCNN.KEYWAY": False,
+    "MODEL.SparseRCNN.USE_FPN": True,
+    "MODEL.SparseRCNN.PONY": False,
+    "MODEL.SparseRCNN.WORKAROUND": False,
+    "MODEL.SparseRCNN.NUM_EVAL_ACT_CLASSES": 0,
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2",
+}
+
+# Names without effect on what the model computes: the first is a choice of memory, the next three belong to the focal
+# loss (refused above), the last two change nothing in the released code either.
+_WITHOUT_EFFECT = {
+    "ViT.USE_CHECKPOINT",
+    "MODEL.SparseRCNN.ALPHA",
+    "MODEL.SparseRCNN.GAMMA",
+    "MODEL.SparseRCNN.PRIOR_PROB",
+    "MODEL.SparseRCNN.JITTER_BOX",
+    "MODEL.SparseRCNN.GT_BOXES_PROB",
+}
+
+_DERIVED = {
+    "ViT.PRETRAIN_IMG_SIZE",
+    "MODEL.KTP.KEEP_RATES",
+    "DETECTION.ROI_XFORM_RESOLUTION",
+    "DETECTION.SPATIAL_SCALE_FACTOR",
+    "SOLVER.STEPS",
+}
+
+_COMPLETE = ("ViT.", "MODEL.", "DETECTION.")  # sections that define the model: an unknown name there is refused
+
+
+def _official_fields(source: Mapping) -> dict:
+    """Our fields from the released configuration's names."""
+    options = dict(_flatten(source))
+    fields = {}
+    for name, value in options.items():
+        if name in _FIELDS:
+            fields[_FIELDS[name]] = value
+        elif name in _FIXED:
+            if value != _FIXED[name]:
+                _fail(name, f"{_FIXED[name]!r} (no other value is implemented)", value, "from_official")
+        elif name not in _DERIVED and name not in _WITHOUT_EFFECT and name.startswith(_COMPLETE):
+            raise ValueError(f"from_official: {name} is an option that EVAD here does not have")
+
+    depth = fields.get("depth", EVADConfig.depth)
+    patch_size = fields.get("patch_size", EVADConfig.patch_size)
+    fields["position_size"] = options.get("ViT.PRETRAIN_IMG_SIZE", 224) // patch_size
+    fields["token_order"] = "importance"
+    fields["pruning_blocks"], fields["keep_rate"] = _pruning(options.get("MODEL.KTP.KEEP_RATES"), depth)
+    roi_size = fields.get("roi_size", EVADConfig.roi_size)
+    for name, expected in (("ROI_XFORM_RESOLUTION", roi_size), ("SPATIAL_SCALE_FACTOR", patch_size)):
+        if options.get(f"DETECTION.{name}", expected) != expected:
+            _fail(f"DETECTION.{name}", f"{expected}, as the rest says", options[f"DETECTION.{name}"], "from_official")
+    if "SOLVER.STEPS" in options:
+        fields["decay_epochs"] = [step for step in options["SOLVER.STEPS"] if step > 0]
+    return fields
+
+
+def _pruning(keep_rates: list | None, depth: int) -> tuple[tuple[int, ...], float]:
+    """Pruning blocks and the keep rate from one rate a block; where none prunes, the paper's blocks."""
+    if keep_rates is not None and len(keep_rates) != depth:
+        _fail("MODEL.KTP.KEEP_RATES", f"one rate for each of {depth} blocks", keep_rates, "from_official")
+    blocks = tuple(block for block, rate in enumerate(keep_rates or ()) if rate < 1)
+    if not blocks:
+        return tuple(depth * quarter // 4 for quarter in (1, 2, 3)), EVADConfig.keep_rate if keep_rates is None else 1.0
+    rates = {keep_rates[block] for block in blocks}
+    if len(rates) > 1:
+        _fail("MODEL.KTP.KEEP_RATES", "1 or one common rate", keep_rates, "from_official")
+    return blocks, rates.pop()
+
+
+def _flatten(source: Mapping, prefix: str = ""):
+    for name, value in source.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

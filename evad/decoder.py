@@ -1,0 +1,102 @@
+"""Action classification: a feature per actor from kept tokens, refined with those tokens as context.
+
+Source: EVAD, section 3.3 (context refinement decoder, RoI extension).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import evad_kernels
+
+from .backbone import Block, Encoded
+from .config import EVADConfig
+from .tokens import PositionTable, Tokens
+
+
+class Decoder(nn.Module):
+    """Kept tokens and boxes to action logits."""
+
+    def __init__(self, config: EVADConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, num_frames = config.decoder_width, config.num_frames // config.tubelet_size
+        self.project = nn.Linear(config.width, width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_table = PositionTable(num_frames, config.position_size, width)
+        drop_path = torch.linspace(0, config.decoder_drop_path, config.decoder_depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            Block(width, config.decoder_heads, config.decoder_mlp_ratio, rate) for rate in drop_path
+        )
+        self.classifiers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(width, config.action_width, bias=False),
+                nn.LayerNorm(config.action_width),
+                nn.ReLU(),
+                nn.Linear(config.action_width, config.num_classes),
+            )
+            for _ in drop_path
+        )
+
+    def forward(self, encoded: Encoded, boxes: Tensor, whwh: Tensor, *, every_block: bool) -> tuple[Tensor, ...]:
+        """Classify the actions in boxes [B, n, 4].
+
+        Args:
+            encoded: The encoder's result.
+            boxes: Boxes of actors in the keyframe, pixels.
+            whwh: Width, height, width, height of each clip without padding, [B, 4].
+            every_block: Also classify after the blocks before the last; training needs it.
+        Returns:
+            Action logits [B, n, classes], one entry a classified block, the last block's last.
+        """
+        tokens, background = self.place(encoded)
+        actors = self.pool(
+            tokens, background, extend_boxes(boxes.detach(), self.config.roi_extension, whwh), encoded.grid
+        )
+        x = torch.cat([tokens.x, actors], dim=1)
+        logits = []
+        for number, (block, classifier) in enumerate(zip(self.blocks, self.classifiers, strict=True), start=1):
+            x = block(x)
+            if every_block or number == len(self.blocks):
+                logits.append(classifier(x[:, -boxes.shape[1] :]))
+        return tuple(logits)
+
+    def place(self, encoded: Encoded) -> tuple[Tokens, Tensor | None]:
+        """Tokens of the decoder's width with the codes of their cells, and what dropped cells hold."""
+        _, Gh, Gw = encoded.grid
+        position, num_keyframe = encoded.tokens.position, encoded.tokens.num_keyframe
+        if self.config.token_order == "importance":
+            position = torch.cat([position[:, :num_keyframe], position[:, num_keyframe:].sort(dim=1).values], dim=1)
+        codes = self.position_table(Gh, Gw, self.mask_token.dtype)  # [cells, C]
+        x = self.project(encoded.tokens.x) + F.embedding(position, codes)
+        background = self.mask_token[0] + codes if self.config.blank == "mask_token" else None
+        return Tokens(x, position, num_keyframe), background
+
+    def pool(self, tokens: Tokens, background: Tensor | None, boxes: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """One feature [B, n, C] per box: the maximum over its bins in each frame, then the mean over frames."""
+        features = evad_kernels.roi_pool_3d(
+            tokens.x,
+            tokens.position,
+            boxes,
+            grid=grid,
+            output_size=self.config.roi_size,
+            spatial_scale=1 / self.config.patch_size,
+            sampling_ratio=self.config.roi_sampling,
+            background=background,
+        )
+        return features.view(boxes.shape[0], boxes.shape[1], -1)
+
+
+def extend_boxes(boxes: Tensor, extension: tuple[float, float], whwh: Tensor) -> Tensor:
+    """Widen boxes [B, n, 4] by fractions of their width and height (a pixel counts itself), within the clip."""
+    size = boxes[..., 2:] - boxes[..., :2] + 1
+    margin = torch.cat([size[..., :1] * (extension[0] / 2), size[..., 1:] * (extension[1] / 2)], dim=-1)
+    extended = torch.cat([boxes[..., :2] - margin, boxes[..., 2:] + margin], dim=-1)
+    return clip_boxes(extended, whwh[:, None])
+
+
+def clip_boxes(boxes: Tensor, whwh: Tensor) -> Tensor:
+    """Boxes inside the clip: coordinates in [0, size - 1]."""
+    return torch.minimum(boxes.clamp(min=0), whwh - 1)

@@ -1,0 +1,178 @@
+"""EVAD: encoder with token pruning, actor localisation, action classification (Chen et al., ICCV 2023, Fig. 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbone import Encoder
+from .config import EVADConfig
+from .decoder import Decoder, clip_boxes
+from .localization import Localization, Localized
+from .pyramid import Pyramid
+
+
+class EVADOutput(NamedTuple):
+    """Raw predictions for a batch; every shape is fixed by the config and the clips' size."""
+
+    person_logits: Tensor  # [B, n, 2]: person, background
+    boxes: Tensor  # [B, n, 4] x1, y1, x2, y2 in pixels of the clip, unclipped
+    action_logits: Tensor  # [B, n, classes]
+    kept: tuple[Tensor, ...]  # position [B, K] int64 after each pruning layer, keyframe first; empty at keep rate 1
+
+
+class Detections(NamedTuple):
+    """The actors of one clip."""
+
+    boxes: Tensor  # [m, 4] x1, y1, x2, y2 in pixels, inside the clip
+    person_scores: Tensor  # [m] in [0, 1]
+    action_scores: Tensor  # [m, classes] in [0, 1], each class on its own
+
+
+class Predictions(NamedTuple):
+    """What training sees: the outputs of every localisation stage and decoder block."""
+
+    localized: Localized
+    action_logits: tuple[Tensor, ...]  # [B, n, classes] a classified decoder block
+    kept: tuple[Tensor, ...]
+    whwh: Tensor  # [B, 4] width, height, width, height of each clip without padding
+
+
+class EVAD(nn.Module):
+    """Actors and their actions in the keyframe (the middle) of video clips.
+
+    The weights are random until ``load_checkpoint``.
+    """
+
+    def __init__(self, config: EVADConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.pyramid = Pyramid(config)
+        self.localization = Localization(config)
+        self.decoder = Decoder(config)
+        _initialize(self.localization.stages, self.decoder)
+
+    def forward(self, clips: Tensor | Sequence[Tensor]) -> EVADOutput:
+        """Predict boxes, person scores and action scores.
+
+        Args:
+            clips: Normalised clips, [B, 3, T, H, W] or a list of [3, T, H, W], floating point. T is
+                ``config.num_frames``; sizes may differ within a list and are padded with zeros, right and bottom.
+        Returns:
+            ``EVADOutput``; a clip's boxes are in its own pixels.
+        Raises:
+            ValueError, TypeError: clips of another layout, number of frames or dtype.
+        """
+        localized, action_logits, kept, _ = self.predict(clips, every_stage=False)
+        return EVADOutput(localized.person_logits[-1], localized.boxes[-1], action_logits[-1], kept)
+
+    def predict(self, clips: Tensor | Sequence[Tensor], *, every_stage: bool) -> Predictions:
+        """``forward`` with intermediate outputs: all of them if ``every_stage``, else only what inference needs."""
+        clips, whwh = self.batch(clips)
+        encoded = self.encoder(clips)
+        localized = self.localization(self.pyramid(encoded.keyframes), whwh, every_stage=every_stage)
+        action_logits = self.decoder(encoded, localized.boxes[-1], whwh, every_block=every_stage)
+        return Predictions(localized, action_logits, encoded.kept, whwh)
+
+    @torch.no_grad()
+    def detect(self, clips: Tensor | Sequence[Tensor], threshold: float | None = None) -> list[Detections]:
+        """Detect actors: ``forward`` in evaluation mode, then ``select_detections``.
+
+        Args:
+            clips: As for ``forward``.
+            threshold: Least person score, in [0, 1]; None for ``config.person_threshold``.
+        Returns:
+            One ``Detections`` a clip, in its own pixels.
+        """
+        training = self.training
+        self.eval()
+        try:
+            output = self(clips)
+        finally:
+            self.train(training)
+        sizes = [tuple(clip.shape[-2:]) for clip in clips]
+        return select_detections(output, sizes, self.config.person_threshold if threshold is None else threshold)
+
+    def set_keep_rate(self, rate: float) -> None:
+        """Prune at another rate from now on, without retraining (paper, Fig. 5).
+
+        Args:
+            rate: Share of all tokens that every pruning block keeps, in (0, 1]. Below the keyframe's share the keyframe
+                alone is kept; a rate that keeps all prunes nothing. 1 turns pruning off.
+        """
+        self.config = dataclasses.replace(self.config, keep_rate=rate)
+        self.encoder.keep_rate = rate
+
+    def batch(self, clips: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Padded clips [B, 3, T, H, W] and each clip's own width, height, width, height [B, 4]."""
+        if isinstance(clips, Tensor):
+            if clips.ndim != 5:
+                raise ValueError(f"EVAD: clips must be [B, 3, T, H, W], got {list(clips.shape)}")
+        elif not clips:
+            raise ValueError("EVAD: clips must be at least one clip, got an empty list")
+        for clip in clips:
+            self._check(clip)
+        sizes = [clip.shape[-2:] for clip in clips]
+        height, width = (_round_up(max(side), self.config.size_divisor) for side in zip(*sizes, strict=True))
+        if isinstance(clips, Tensor):
+            padded = F.pad(clips, (0, width - clips.shape[4], 0, height - clips.shape[3]))
+        else:
+            padded = torch.stack([F.pad(clip, (0, width - clip.shape[3], 0, height - clip.shape[2])) for clip in clips])
+        # Filled on the device, so that a CUDA graph can hold it.
+        dtype = torch.promote_types(self.localization.proposal_boxes.dtype, torch.float32)
+        whwh = [torch.full((1, 1), side, dtype=dtype, device=padded.device) for h, w in sizes for side in (w, h)]
+        return padded.to(self.encoder.patch_embed.weight.dtype), torch.cat(whwh).view(-1, 2).repeat(1, 2)
+
+    def _check(self, clip: Tensor) -> None:
+        if not isinstance(clip, Tensor):
+            raise TypeError(f"EVAD: a clip must be a tensor [3, T, H, W], got {type(clip).__name__}")
+        if not clip.is_floating_point():
+            raise TypeError(f"EVAD: a clip must be floating point, (pixel / 255 - mean) / std, got {clip.dtype}")
+        if clip.ndim != 4 or clip.shape[0] != 3 or 0 in clip.shape:
+            raise ValueError(f"EVAD: a clip must be [3, T, H, W], got {list(clip.shape)}")
+        if clip.shape[1] != self.config.num_frames:
+            raise ValueError(f"EVAD: a clip must have {self.config.num_frames} frames, got {clip.shape[1]}")
+
+
+def select_detections(output: EVADOutput, sizes: Sequence[tuple[int, int]], threshold: float = 0.7) -> list[Detections]:
+    """Turn raw predictions into detections.
+
+    Args:
+        output: Predictions for B clips.
+        sizes: Height and width of each clip, pixels, without padding.
+        threshold: Least person score, in [0, 1]. Where no box of a clip reaches it, all are kept.
+    Returns:
+        One ``Detections`` a clip, rows in the order of the proposals.
+    """
+    person_scores = output.person_logits.float().softmax(dim=-1)[..., 0]
+    action_scores = output.action_logits.float().sigmoid()
+    detections = []
+    for (height, width), boxes, person, actions in zip(sizes, output.boxes, person_scores, action_scores, strict=True):
+        keep = person >= threshold
+        keep = keep | ~keep.any()
+        boxes = clip_boxes(boxes, boxes.new_tensor([width, height, width, height]))
+        detections.append(Detections(boxes[keep], person[keep], actions[keep]))
+    return detections
+
+
+def _round_up(value: int, divisor: int) -> int:
+    return -(-value // divisor) * divisor
+
+
+def _initialize(stages: nn.Module, decoder: Decoder) -> None:
+    """Xavier for every matrix of the new layers (Appendix B), the mask token too; no bias in the decoder's linears."""
+    for module in (stages, decoder):
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
+    linears = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
+    linears += [linear for stage in stages for linear in (stage.attn.qkv, stage.attn.proj)]
+    for linear in linears:
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
