@@ -29,6 +29,12 @@ int64_t element_size(int dtype) {
   return size;
 }
 
+void require_in_range(const RangeCheck& check, const std::string& argument, int64_t limit) {
+  if (!check.valid)
+    throw std::invalid_argument(argument + " must be in [0, " + std::to_string(limit) + "), got " +
+                                std::to_string(check.offending));
+}
+
 // Every kernel runs without the GIL.
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
@@ -37,11 +43,9 @@ void bind_cell_map(py::module_& m) {
       "cell_map",
       [](const std::string& op, Address position, int64_t stride_b, int64_t stride_k, int64_t B, int64_t K,
          int64_t cells, Address slot, int threads) {
-        const CellMapResult result =
-            cell_map(pointer<const int64_t>(position), stride_b, stride_k, B, K, cells, pointer<int32_t>(slot), threads);
-        if (!result.valid)
-          throw std::invalid_argument(op + ": position must be in [0, " + std::to_string(cells) + "), got " +
-                                      std::to_string(result.offending));
+        require_in_range(
+            cell_map(pointer<const int64_t>(position), stride_b, stride_k, B, K, cells, pointer<int32_t>(slot), threads),
+            op + ": position", cells);
       },
       NoGil());
 }
@@ -89,6 +93,32 @@ void bind_token_selection(py::module_& m) {
           select_tokens<T>(pointer<const T>(importance), stride_b, stride_m, B, M, num_select, pointer<int64_t>(index),
                            threads);
         });
+      },
+      NoGil());
+  m.def(
+      "gather_tokens_forward",
+      [](Address tokens, int64_t stride_b, int64_t stride_n, Address index, int64_t index_stride_b,
+         int64_t index_stride_k, int64_t B, int64_t N, int64_t C, int64_t num_keyframe, int64_t num_select,
+         int64_t element_size, Address kept, int threads) {
+        const RangeCheck check = gather_tokens_forward(
+            pointer<const char>(tokens), stride_b * element_size, stride_n * element_size,
+            pointer<const int64_t>(index), index_stride_b, index_stride_k, B, N, num_keyframe, num_select,
+            C * element_size, pointer<char>(kept), threads);
+        require_in_range(check, "gather_tokens: index", N - num_keyframe);
+      },
+      NoGil());
+  m.def(
+      "gather_tokens_backward",
+      [](Address grad_kept, Address index, int64_t index_stride_b, int64_t index_stride_k, int64_t B, int64_t N,
+         int64_t C, int64_t num_keyframe, int64_t num_select, int dtype, Address grad_tokens, int threads) {
+        RangeCheck check{};
+        with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+          using T = decltype(zero);
+          check = gather_tokens_backward<T>(pointer<const T>(grad_kept), pointer<const int64_t>(index), index_stride_b,
+                                            index_stride_k, B, N, num_keyframe, num_select, C,
+                                            pointer<T>(grad_tokens), threads);
+        });
+        require_in_range(check, "gather_tokens: index", N - num_keyframe);
       },
       NoGil());
 }

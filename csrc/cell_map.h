@@ -3,18 +3,16 @@
 
 #include <cstdint>
 
+#include "range_check.h"
+
 namespace evad {
 
 constexpr int32_t kDropped = -1;
 
 // slot[b, cell] = the token at `cell`, or kDropped. Where two tokens name one cell the later token has it.
-// A position outside [0, cells) makes the result invalid and is named in it.
+// A position outside [0, cells) is reported and nothing is written.
 //   position [B, K] int64, strides in elements    slot [B, cells] int32, contiguous
-struct CellMapResult {
-  bool valid;
-  int64_t offending;
-};
-CellMapResult cell_map(const int64_t* position, int64_t stride_b, int64_t stride_k, int64_t B, int64_t K, int64_t cells,
-                       int32_t* slot, int threads);
+RangeCheck cell_map(const int64_t* position, int64_t stride_b, int64_t stride_k, int64_t B, int64_t K, int64_t cells,
+                    int32_t* slot, int threads);
 
 }  // namespace evad

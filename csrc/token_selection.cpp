@@ -1,8 +1,12 @@
 // select_tokens: one task a row, radix selection on integer keys, then one pass in order.
+// gather_tokens: one task a run of rows; a row is one memcpy.
 #include "token_selection.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
+#include <type_traits>
+#include <vector>
 
 #include "parallel.h"
 
@@ -69,6 +73,21 @@ void select_row(const T* importance, int64_t stride, int64_t M, int64_t num_sele
   }
 }
 
+constexpr int64_t kRowsPerTask = 64;
+constexpr int64_t kBytesPerThread = 131072;  // copied in some 10 us, twice what waking the threads costs
+
+// body(b, row) for all rows of all samples, in runs that fill a task.
+template <class Body>
+void for_each_row(int64_t B, int64_t rows, int64_t row_bytes, int threads, const Body& body) {
+  const int64_t runs = (rows + kRowsPerTask - 1) / kRowsPerTask;
+  const auto run = [&](int64_t task) {
+    const int64_t b = task / runs, begin = task % runs * kRowsPerTask;
+    const int64_t end = std::min(rows, begin + kRowsPerTask);
+    for (int64_t row = begin; row < end; ++row) body(b, row);
+  };
+  parallel_for(B * runs, threads, run, kBytesPerThread / (kRowsPerTask * row_bytes + 1));
+}
+
 }  // namespace
 
 template <class T>
@@ -81,8 +100,70 @@ void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int6
       kKeysPerThread / M);
 }
 
-#define EVAD_INSTANTIATE(T) \
-  template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int);
+RangeCheck gather_tokens_forward(const char* tokens, int64_t stride_b, int64_t stride_n, const int64_t* index,
+                                 int64_t index_stride_b, int64_t index_stride_k, int64_t B, int64_t N,
+                                 int64_t num_keyframe, int64_t num_select, int64_t row_bytes, char* kept, int threads) {
+  const RangeCheck check = check_range(index, index_stride_b, index_stride_k, B, num_select, N - num_keyframe);
+  if (!check.valid) return check;
+  const int64_t rows = num_keyframe + num_select;
+  const auto copy = [&](auto bytes) {
+    for_each_row(B, rows, row_bytes, threads, [&](int64_t b, int64_t row) {
+      const int64_t k = row - num_keyframe;
+      const int64_t n = k < 0 ? row : num_keyframe + index[b * index_stride_b + k * index_stride_k];
+      std::memcpy(kept + (b * rows + row) * row_bytes, tokens + b * stride_b + n * stride_n, bytes);
+    });
+  };
+  switch (row_bytes) {  // a memcpy of known size is a load and a store: masks and positions
+    case 1: copy(std::integral_constant<size_t, 1>{}); break;
+    case 4: copy(std::integral_constant<size_t, 4>{}); break;
+    case 8: copy(std::integral_constant<size_t, 8>{}); break;
+    default: copy(static_cast<size_t>(row_bytes));
+  }
+  return check;
+}
+
+template <class T>
+RangeCheck gather_tokens_backward(const T* grad_kept, const int64_t* index, int64_t index_stride_b,
+                                  int64_t index_stride_k, int64_t B, int64_t N, int64_t num_keyframe,
+                                  int64_t num_select, int64_t C, T* grad_tokens, int threads) {
+  const int64_t M = N - num_keyframe, rows = num_keyframe + num_select;
+  const RangeCheck check = check_range(index, index_stride_b, index_stride_k, B, num_select, M);
+  if (!check.valid) return check;
+  // The kept rows that copy token m: first[m], next[first[m]], ... ascending, to the end at -1.
+  std::vector<int64_t> first(B * M, -1), next(B * num_select);
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t k = num_select - 1; k >= 0; --k) {
+      int64_t& head = first[b * M + index[b * index_stride_b + k * index_stride_k]];
+      next[b * num_select + k] = head;
+      head = k;
+    }
+  for_each_row(B, N, C * sizeof(T), threads, [&](int64_t b, int64_t n) {
+    T* const out = grad_tokens + (b * N + n) * C;
+    const T* const grad = grad_kept + b * rows * C;
+    if (n < num_keyframe) {
+      std::memcpy(out, grad + n * C, C * sizeof(T));
+      return;
+    }
+    const int64_t* const following = next.data() + b * num_select;
+    const int64_t k = first[b * M + n - num_keyframe];
+    if (k < 0)
+      std::memset(out, 0, C * sizeof(T));
+    else if (following[k] < 0)
+      std::memcpy(out, grad + (num_keyframe + k) * C, C * sizeof(T));
+    else
+      for (int64_t c = 0; c < C; ++c) {
+        accumulate_t<T> sum = 0;
+        for (int64_t copy = k; copy >= 0; copy = following[copy]) sum += to_float(grad[(num_keyframe + copy) * C + c]);
+        out[c] = from_float<T>(sum);
+      }
+  });
+  return check;
+}
+
+#define EVAD_INSTANTIATE(T)                                                                                           \
+  template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int);               \
+  template RangeCheck gather_tokens_backward<T>(const T*, const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, \
+                                                int64_t, int64_t, T*, int);
 EVAD_INSTANTIATE(float)
 EVAD_INSTANTIATE(double)
 EVAD_INSTANTIATE(float16)

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "range_check.h"
 
 namespace evad {
 
@@ -60,5 +61,19 @@ struct Selection {
 template <class T>
 void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select,
                    int64_t* index, int threads);
+
+// kept[b] = tokens[b, :num_keyframe], then tokens[b, num_keyframe + index[b, k]] for each k; every byte written once.
+// An index outside [0, N - num_keyframe) is reported and nothing is written.
+//   tokens [B, N, C], rows contiguous, strides in bytes    index [B, num_select], strides in elements
+//   kept [B, num_keyframe + num_select, C], contiguous
+RangeCheck gather_tokens_forward(const char* tokens, int64_t stride_b, int64_t stride_n, const int64_t* index,
+                                 int64_t index_stride_b, int64_t index_stride_k, int64_t B, int64_t N,
+                                 int64_t num_keyframe, int64_t num_select, int64_t row_bytes, char* kept, int threads);
+
+// grad_tokens[b, n] = the sum of grad_kept over the kept rows that copy n, in their order; zeros where there is none.
+template <class T>
+RangeCheck gather_tokens_backward(const T* grad_kept, const int64_t* index, int64_t index_stride_b,
+                                  int64_t index_stride_k, int64_t B, int64_t N, int64_t num_keyframe,
+                                  int64_t num_select, int64_t C, T* grad_tokens, int threads);
 
 }  // namespace evad

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backend, _check
+from . import _backend, _cells, _check
 from ._registration import register
 
 
@@ -48,6 +48,52 @@ def select_tokens_reference(importance: Tensor, num_select: int) -> Tensor:
     return order[:, :num_select].sort(dim=1).values
 
 
+def gather_tokens(tokens: Tensor, index: Tensor, *, num_keyframe: int = 0) -> Tensor:
+    """Keep the keyframe's tokens and the selected ones.
+
+    Args:
+        tokens: All tokens, keyframe first, [B, N, C], or a value of each, [B, N] (``position``, a mask); any dtype.
+        index: Which non-keyframe tokens to keep, counted from the first of them, [B, num_select], int64; in any order,
+            repeated or not.
+        num_keyframe: How many of the first tokens are kept as they are, 0 to N.
+    Returns:
+        [B, num_keyframe + num_select, C] or [B, num_keyframe + num_select]: the keyframe's rows, then the selected in
+        the order of ``index``. The gradient of a repeated row is the sum.
+    Raises:
+        ValueError: a shape disagrees, or (on the CPU) an index is outside [0, N - num_keyframe). On a GPU such a row is
+            zeros.
+    """
+    _check.tensor("gather_tokens", "tokens", tokens, (2, 3), "[B, N, C] or [B, N]")
+    _check.tensor("gather_tokens", "index", index, 2, "[B, num_select]")
+    _check.int64("gather_tokens", "index", index)
+    _check.same_device("gather_tokens", "index", index, "tokens", tokens)
+    B, N = tokens.shape[:2]
+    if index.shape[0] != B:
+        _check.fail("gather_tokens", "index", f"[B, num_select] with B = {B}", list(index.shape))
+    _check.integer("gather_tokens", "num_keyframe", num_keyframe, 0, N, f"[0, N = {N}]")
+    if _backend.choose("gather_tokens", tokens) == "reference":
+        return gather_tokens_reference(tokens, index, num_keyframe=num_keyframe)
+    return _gather(tokens, index, num_keyframe)
+
+
+def gather_tokens_reference(tokens: Tensor, index: Tensor, *, num_keyframe: int = 0) -> Tensor:
+    """``gather_tokens`` in plain PyTorch."""
+    B, N = tokens.shape[:2]
+    M = N - num_keyframe
+    inside = (index >= 0) & (index < M)
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(inside.all()):
+        _check.fail("gather_tokens", "index", f"in [0, {M})", int(index[~inside][0]))
+    selected = torch.where(inside, num_keyframe + index, N)  # row N, of zeros, stands for an index outside
+    row = torch.cat([torch.arange(num_keyframe, device=index.device).expand(B, num_keyframe), selected], dim=1)
+    with_blank = torch.cat([tokens, tokens.new_zeros(B, 1, *tokens.shape[2:])], dim=1)
+    if tokens.ndim == 3:
+        row = row[..., None].expand(*row.shape, tokens.shape[2])
+    return with_blank.gather(1, row)
+
+
+# Registration.
+
+
 def _select_cpu(importance: Tensor, num_select: int) -> Tensor:
     B, M = importance.shape
     index = importance.new_empty(B, num_select, dtype=torch.int64)
@@ -72,4 +118,84 @@ _select = register(
     "select_tokens(Tensor importance, SymInt num_select) -> Tensor",
     cpu=_select_cpu,
     fake=_select_fake,
+    differentiable=False,
+)
+
+
+def _gather_cpu(tokens: Tensor, index: Tensor, num_keyframe: int) -> Tensor:
+    B, N, C = _shape(tokens)
+    kept = _gather_fake(tokens, index, num_keyframe)
+    tokens = tokens if tokens.ndim == 2 else _cells.rows(tokens)
+    _backend.native.gather_tokens_forward(
+        tokens.data_ptr(),
+        *tokens.stride()[:2],
+        index.data_ptr(),
+        *index.stride(),
+        B,
+        N,
+        C,
+        num_keyframe,
+        index.shape[1],
+        tokens.element_size(),
+        kept.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return kept
+
+
+def _gather_fake(tokens, index, num_keyframe):
+    return tokens.new_empty(tokens.shape[0], num_keyframe + index.shape[1], *tokens.shape[2:])
+
+
+def _shape(tokens):
+    return (*tokens.shape, 1) if tokens.ndim == 2 else tokens.shape
+
+
+def _gather_backward_cpu(grad_kept: Tensor, index: Tensor, num_keyframe: int, N: int) -> Tensor:
+    grad_tokens = _gather_backward_fake(grad_kept, index, num_keyframe, N)
+    grad_kept = grad_kept.contiguous()
+    if grad_kept.is_complex():  # a pair of channels
+        grad_kept = torch.view_as_real(grad_kept).flatten(2)
+    B, _, C = _shape(grad_kept)
+    _backend.native.gather_tokens_backward(
+        grad_kept.data_ptr(),
+        index.data_ptr(),
+        *index.stride(),
+        B,
+        N,
+        C,
+        num_keyframe,
+        index.shape[1],
+        _backend.DTYPE_CODE[grad_kept.dtype],
+        grad_tokens.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_tokens
+
+
+def _gather_backward_fake(grad_kept, index, num_keyframe, N):
+    return grad_kept.new_empty(grad_kept.shape[0], N, *grad_kept.shape[2:])
+
+
+def _setup_context(ctx, inputs, output):
+    tokens, index, ctx.num_keyframe = inputs
+    ctx.save_for_backward(index)
+    ctx.N = tokens.shape[1]
+
+
+def _backward(ctx, grad_kept):
+    return _gather_backward(grad_kept, ctx.saved_tensors[0], ctx.num_keyframe, ctx.N), None, None
+
+
+_gather_backward = register(
+    "gather_tokens_backward(Tensor grad_kept, Tensor index, SymInt num_keyframe, SymInt N) -> Tensor",
+    cpu=_gather_backward_cpu,
+    fake=_gather_backward_fake,
+)
+_gather = register(
+    "gather_tokens(Tensor tokens, Tensor index, SymInt num_keyframe) -> Tensor",
+    cpu=_gather_cpu,
+    fake=_gather_fake,
+    backward=_backward,
+    setup_context=_setup_context,
 )

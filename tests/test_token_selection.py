@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evad_kernels import select_tokens, use_backend
-from evad_kernels.testing import DTYPES, assert_registered, layouts
+from evad_kernels import gather_tokens, select_tokens, use_backend
+from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
 
 NAN, INF = math.nan, math.inf
 
@@ -137,3 +137,180 @@ def test_select_any_values(data):
     for backend in ("reference", "cpu"):
         with use_backend(backend):
             assert torch.equal(select_tokens(importance, num_select), expected(importance, num_select)), backend
+
+
+# gather_tokens: (B, N, C, num_keyframe, num_select); C of None is tokens [B, N]
+GATHER_CASES = {
+    "odd": (2, 63, 19, 7, 20),
+    "values": (3, 63, None, 7, 20),
+    "no keyframe": (2, 17, 3, 0, 17),
+    "keyframe only": (2, 17, 3, 17, 0),
+    "one channel": (2, 111, 1, 5, 30),
+    "paper 224": (2, 1568, 768, 196, 902),
+}
+
+
+def make(case, dtype=torch.float32, repeated=False):
+    B, N, C, num_keyframe, num_select = GATHER_CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    shape = (B, N) if C is None else (B, N, C)
+    tokens = torch.randn(shape, generator=generator, dtype=torch.float64)
+    tokens = tokens > 0 if dtype == torch.bool else (tokens * 50).to(dtype) if not dtype.is_floating_point else tokens
+    M = N - num_keyframe
+    if repeated and M:
+        index = torch.randint(0, M, (B, num_select), generator=generator)
+    else:
+        index = torch.stack([torch.randperm(M, generator=generator)[:num_select].sort().values for _ in range(B)])
+    return tokens.to(dtype), index, num_keyframe
+
+
+def kept_rows(tokens, index, num_keyframe):
+    """The paper's sentence, row by row."""
+    rows = [
+        [tokens[b, n] for n in range(num_keyframe)] + [tokens[b, num_keyframe + j] for j in index[b].tolist()]
+        for b in range(tokens.shape[0])
+    ]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool, torch.int16, torch.complex64], ids=str)
+@pytest.mark.parametrize("case", GATHER_CASES)
+def test_gather_matches_rows(backend, case, dtype):
+    tokens, index, num_keyframe = make(case, dtype)
+    kept = gather_tokens(tokens, index, num_keyframe=num_keyframe)
+    assert kept.dtype == dtype and torch.equal(kept, kept_rows(tokens, index, num_keyframe))
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["unique", "repeated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GATHER_CASES)
+def test_gather_gradient(case, dtype, repeated):
+    tokens, index, num_keyframe = make(case, dtype, repeated)
+
+    def run(tokens):
+        return gather_tokens(tokens, index, num_keyframe=num_keyframe)
+
+    _, actual = gradients(run, [tokens])
+    assert torch.equal(actual[0], gradients(run, [tokens])[1][0])
+    with use_backend("reference"):
+        _, reference = gradients(run, [tokens])
+        _, truth = gradients(run, [tokens.double()])
+    assert_accurate(actual[0], reference[0], truth[0], label="grad_tokens")
+
+
+def test_gather_gradient_of_complex_tokens(backend):
+    tokens, index, num_keyframe = make("odd", torch.complex64, repeated=True)
+    tokens.requires_grad_()
+    kept = gather_tokens(tokens.conj(), index, num_keyframe=num_keyframe)
+    assert torch.equal(kept, kept_rows(tokens.conj(), index, num_keyframe))
+    (grad,) = torch.autograd.grad((kept * kept.conj()).real.sum(), tokens)
+    count = torch.zeros(tokens.shape[:2]).index_put_(
+        (torch.arange(2)[:, None], num_keyframe + index), torch.ones(()), True
+    )
+    count[:, :num_keyframe] = 1
+    torch.testing.assert_close(grad, 2 * count[..., None] * tokens.detach())
+
+
+def test_gather_strides(backend):
+    for case in ("odd", "values", "one channel"):
+        tokens, index, num_keyframe = make(case)
+        want = kept_rows(tokens, index, num_keyframe)
+        for name, strided in layouts(tokens):
+            assert torch.equal(gather_tokens(strided, index, num_keyframe=num_keyframe), want), name
+        for name, strided in layouts(index):
+            assert torch.equal(gather_tokens(tokens, strided, num_keyframe=num_keyframe), want), name
+        shared = tokens[:1].expand_as(tokens)
+        assert torch.equal(gather_tokens(shared, index), kept_rows(shared, index, 0))
+
+
+def test_gather_registration():
+    op = torch.ops.evad_kernels.gather_tokens.default
+    for case in ("odd", "values"):
+        tokens, index, num_keyframe = make(case)
+        assert_registered(op, tokens.clone().requires_grad_(), index, num_keyframe)
+    position, index, num_keyframe = make("values", torch.int64)
+    assert_registered(op, position, index, num_keyframe)
+
+
+def test_gather_compiles_without_graph_break(backend):
+    tokens, index, num_keyframe = make("odd")
+    tokens.requires_grad_()
+    kept = torch.compile(gather_tokens, fullgraph=True)(tokens, index, num_keyframe=num_keyframe)
+    assert torch.equal(kept, kept_rows(tokens, index, num_keyframe))
+    (grad,) = torch.autograd.grad(kept.square().sum(), tokens)
+    chosen = torch.zeros(tokens.shape[:2], dtype=torch.bool).scatter(1, num_keyframe + index, True)
+    chosen[:, :num_keyframe] = True
+    torch.testing.assert_close(grad, torch.where(chosen[..., None], 2 * tokens.detach(), 0))
+
+
+def test_gather_second_backward_raises():
+    tokens, index, _ = make("odd")
+    tokens.requires_grad_()
+    with use_backend("cpu"):
+        kept = gather_tokens(tokens, index)
+    (grad,) = torch.autograd.grad(kept.square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        torch.autograd.grad(grad.sum(), tokens)
+
+
+def test_gather_keeps_autocast_and_inference_mode_out(backend):
+    tokens, index, num_keyframe = make("odd")
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        kept = gather_tokens(tokens, index, num_keyframe=num_keyframe)
+    assert torch.equal(kept, kept_rows(tokens, index, num_keyframe))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (2, 0)], ids=str)
+def test_gather_edges(backend, shape):
+    tokens = torch.ones(shape, requires_grad=True)
+    for num_keyframe, num_select in ((shape[1], 0), (0, 0), (0, shape[1])):
+        index = torch.arange(num_select).expand(shape[0], num_select)
+        kept = gather_tokens(tokens, index, num_keyframe=num_keyframe)
+        assert kept.shape == (shape[0], num_keyframe + num_select, *shape[2:])
+        (grad,) = torch.autograd.grad(kept.sum(), tokens)
+        assert grad.shape == tokens.shape
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 2**31, -(2**63), 2**63 - 1])
+def test_gather_rejects_index_outside(backend, bad):
+    with pytest.raises(ValueError, match=r"gather_tokens: index must be in \[0, 4\), got"):
+        gather_tokens(torch.ones(1, 6, 3), torch.tensor([[0, bad]]), num_keyframe=2)
+    with pytest.raises(ValueError, match=r"gather_tokens: index must be in \[0, 0\), got 0"):
+        gather_tokens(torch.ones(1, 2, 3), torch.tensor([[0]]), num_keyframe=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tokens": torch.ones(5)}, ValueError, "tokens must be"),
+        ({"tokens": None}, TypeError, "tokens must be a tensor"),
+        ({"index": torch.zeros(2, dtype=torch.int64)}, ValueError, "index must be"),
+        ({"index": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, "index must be .* with B = 2"),
+        ({"index": torch.zeros(2, 4, dtype=torch.int32)}, TypeError, "index must be int64"),
+        ({"index": torch.zeros(2, 4, dtype=torch.int64, device="meta")}, RuntimeError, "index must be on the device"),
+        ({"num_keyframe": -1}, ValueError, r"num_keyframe must be in \[0, N = 5\], got -1"),
+        ({"num_keyframe": 6}, ValueError, r"num_keyframe must be in \[0, N = 5\], got 6"),
+        ({"num_keyframe": 1.0}, TypeError, "num_keyframe must be an integer"),
+    ],
+)
+def test_gather_rejects_bad_input(backend, change, error, message):
+    arguments = {"tokens": torch.ones(2, 5, 3), "index": torch.zeros(2, 4, dtype=torch.int64), "num_keyframe": 1}
+    arguments.update(change)
+    with pytest.raises(error, match=f"gather_tokens: {message}"):
+        gather_tokens(**arguments)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_gather_any_shape(data):
+    B, N = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 30))
+    num_keyframe = data.draw(st.integers(0, N))
+    C = data.draw(st.none() | st.integers(0, 40))
+    num_select = data.draw(st.integers(0, 12)) if num_keyframe < N else 0
+    index = torch.randint(0, max(1, N - num_keyframe), (B, num_select))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8]))
+    tokens = torch.randn((B, N) if C is None else (B, N, C)).mul(9).to(dtype)
+    want = kept_rows(tokens, index, num_keyframe) if num_keyframe + num_select else tokens[:, :0]
+    for backend in ("reference", "cpu"):
+        with use_backend(backend):
+            assert torch.equal(gather_tokens(tokens, index, num_keyframe=num_keyframe), want), backend
