@@ -1,13 +1,17 @@
 // The Python face of the native module. It knows no framework: pointers as integers, sizes, strides in elements, a dtype
 // code (host_device.h) and, for CUDA, a stream handle. Callers have checked every shape (evad_kernels/<op>.py).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "cell_map.h"
+#include "cpu_isa.h"
 #include "host_device.h"
+#include "keyframe_attention.h"
 #include "scatter_tokens.h"
 #include "token_selection.h"
 
@@ -123,6 +127,52 @@ void bind_token_selection(py::module_& m) {
       NoGil());
 }
 
+// (address, stride_b, stride_h, stride_n) of a tensor [B, H, rows, D], strides in elements.
+using PackedRows = std::array<int64_t, 4>;
+
+HeadRows head_rows(const PackedRows& packed) {
+  return {pointer<char>(static_cast<Address>(packed[0])), packed[1], packed[2], packed[3]};
+}
+
+void bind_keyframe_attention(py::module_& m) {
+  m.def("cpu_isa", [] { return isa_name(cpu_isa()); });
+  m.def("detected_isa", [] { return isa_name(detected_isa()); });
+  m.def("set_isa_cap", &set_isa_cap);
+  m.def(
+      "keyframe_attention_forward",
+      [](const std::array<int64_t, 5>& sizes, double scale, double keyframe_weight, int dtype, const PackedRows& query,
+         const PackedRows& key, const PackedRows& value, const PackedRows& output, Address lse, Address importance,
+         int threads) {
+        const AttentionShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], scale, keyframe_weight,
+                                      static_cast<DType>(dtype)};
+        keyframe_attention_forward(shape, head_rows(query), head_rows(key), head_rows(value), head_rows(output),
+                                   pointer<void>(lse), pointer<void>(importance), threads);
+      },
+      NoGil());
+  m.def(
+      "keyframe_attention_backward",
+      [](const std::array<int64_t, 5>& sizes, double scale, double keyframe_weight, int dtype, const PackedRows& query,
+         const PackedRows& key, const PackedRows& value, const PackedRows& grad_output, Address lse,
+         Address grad_importance, Address index, int64_t num_select, const PackedRows& grad_query,
+         const PackedRows& grad_key, const PackedRows& grad_value, int threads) {
+        const AttentionShape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], scale, keyframe_weight,
+                                      static_cast<DType>(dtype)};
+        keyframe_attention_backward(shape, head_rows(query), head_rows(key), head_rows(value), head_rows(grad_output),
+                                    pointer<void>(lse), pointer<void>(grad_importance), pointer<const int64_t>(index),
+                                    num_select, head_rows(grad_query), head_rows(grad_key), head_rows(grad_value),
+                                    threads);
+      },
+      NoGil());
+  m.def(
+      "keep_rows",
+      [](Address tokens, int64_t B, int64_t N, int64_t row_bytes, int64_t num_keyframe, Address index,
+         int64_t num_select, int threads) {
+        keep_rows(pointer<char>(tokens), B, N, row_bytes, num_keyframe, pointer<const int64_t>(index), num_select,
+                  threads);
+      },
+      NoGil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -133,6 +183,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("with_cuda") = false;
 #endif
   bind_cell_map(m);
+  bind_keyframe_attention(m);
   bind_scatter_tokens(m);
   bind_token_selection(m);
 }

@@ -4,8 +4,11 @@
 #include <cstdint>
 #include <cstring>
 
+// Always inlined: a function compiled with wide instructions must not be the one that the linker keeps for old CPUs.
 #if defined(__CUDACC__)
 #define EVAD_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define EVAD_HOST_DEVICE __attribute__((always_inline)) inline
 #else
 #define EVAD_HOST_DEVICE inline
 #endif

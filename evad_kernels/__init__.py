@@ -2,9 +2,18 @@
 token scatter, and 3D RoIAlign straight on pruned tokens."""
 
 from ._backend import backends, use_backend
+from .keyframe_attention import keyframe_attention, keyframe_attention_topk
 from .scatter_tokens import scatter_tokens
 from .token_selection import gather_tokens, select_tokens
 
 __version__ = "0.1.0"
 
-__all__ = ["backends", "gather_tokens", "scatter_tokens", "select_tokens", "use_backend"]
+__all__ = [
+    "backends",
+    "gather_tokens",
+    "keyframe_attention",
+    "keyframe_attention_topk",
+    "scatter_tokens",
+    "select_tokens",
+    "use_backend",
+]

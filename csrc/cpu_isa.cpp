@@ -1,0 +1,78 @@
+#include "cpu_isa.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define EVAD_X86 1
+#include <cpuid.h>
+#endif
+#if defined(EVAD_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace evad {
+namespace {
+
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+
+#if defined(EVAD_X86)
+// The tile registers must be asked for, once a process; the kernel refuses where the machine has none.
+bool has_amx_bf16() {
+#if defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+Isa detect() {
+#if defined(EVAD_X86)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::baseline;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return Isa::avx2;
+  return has_amx_bf16() ? Isa::amx : Isa::avx512;
+#else
+  return Isa::baseline;
+#endif
+}
+
+Isa parse(const std::string& name) {
+  for (int i = 0; i < 4; ++i)
+    if (name == kNames[i]) return static_cast<Isa>(i);
+  throw std::invalid_argument("EVAD_KERNELS_CPU_ISA must be baseline, avx2, avx512 or amx, got '" + name + "'");
+}
+
+std::atomic<int>& cap() {
+  static std::atomic<int> value = [] {
+    const char* name = std::getenv("EVAD_KERNELS_CPU_ISA");
+    return static_cast<int>(name && *name ? parse(name) : Isa::amx);
+  }();
+  return value;
+}
+
+}  // namespace
+
+Isa detected_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+Isa cpu_isa() { return std::min(detected_isa(), static_cast<Isa>(cap().load())); }
+
+void set_isa_cap(const std::string& name) { cap() = static_cast<int>(parse(name)); }
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+}  // namespace evad

@@ -1,0 +1,191 @@
+// Forward: one task a (batch, head, 288 rows). Backward: one task a (batch, head). Tasks of a thread are neighbours, so K and
+// V of a head are packed once a thread. The cut never depends on the number of threads, and neither does any sum.
+#include "keyframe_attention.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu_isa.h"
+#include "keyframe_attention_kernels.h"
+#include "parallel.h"
+
+namespace evad {
+namespace {
+
+constexpr int64_t kRowsPerTask = 288;  // a multiple of every kernel's block of rows
+
+int64_t tasks_per_head(int64_t N) { return (N + kRowsPerTask - 1) / kRowsPerTask; }
+
+const AttentionKernels& kernels(DType dtype, int64_t D) {
+  const Isa isa = cpu_isa();
+  const AttentionKernels* table = nullptr;
+#if defined(EVAD_AMX)
+  if (isa >= Isa::amx) table = amx::attention_kernels(dtype, D);
+#endif
+#if defined(EVAD_AVX512)
+  if (!table && isa >= Isa::avx512) table = avx512::attention_kernels(dtype, D);
+#endif
+#if defined(EVAD_AVX2)
+  if (!table && isa >= Isa::avx2) table = avx2::attention_kernels(dtype, D);
+#endif
+  if (!table) table = baseline::attention_kernels(dtype, D);
+  (void)isa;
+  return *table;
+}
+
+// 64-byte aligned and not initialised: pages that a kernel never touches stay free.
+class Workspaces {
+ public:
+  Workspaces(size_t bytes, int threads)
+      : stride_((bytes + 4095) / 4096 * 4096),
+        data_(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(stride_, 64) * threads))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Workspaces() { std::free(data_); }
+  Workspaces(const Workspaces&) = delete;
+  Workspaces& operator=(const Workspaces&) = delete;
+  char* of(int64_t thread) const { return data_ + thread * stride_; }
+
+ private:
+  size_t stride_;
+  char* data_;
+};
+
+// body(task, workspace, first) for every task; first: this thread's first. Neighbouring tasks go to one thread.
+template <class Body>
+void for_each_task(int64_t tasks, size_t workspace_bytes, int threads, const Body& body) {
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
+  const Workspaces workspaces(workspace_bytes, threads);
+  parallel_for(threads, threads, [&](int64_t thread) {
+    const int64_t begin = tasks * thread / threads, end = tasks * (thread + 1) / threads;
+    for (int64_t task = begin; task < end; ++task) body(task, workspaces.of(thread), task == begin);
+  });
+}
+
+int64_t element_size(DType dtype) {
+  int64_t size = 0;
+  with_dtype(dtype, [&](auto zero) { size = sizeof zero; });
+  return size;
+}
+
+char* head(const HeadRows& rows, int64_t b, int64_t h, int64_t element) {
+  return rows.data ? rows.data + (b * rows.stride_b + h * rows.stride_h) * element : nullptr;
+}
+
+// importance = c * the partial sums, in the order head, task.
+template <class C>
+void add_partial_sums(const double* partial, const AttentionShape& s, C* importance, int threads) {
+  constexpr int64_t kColumns = 256;
+  const int64_t M = s.N - s.num_keyframe, parts = s.H * tasks_per_head(s.N), runs = (M + kColumns - 1) / kColumns;
+  const double c = 1.0 / (static_cast<double>(s.N) * static_cast<double>(s.H));
+  parallel_for(s.B * runs, threads, [&](int64_t task) {
+    const int64_t b = task / runs, begin = task % runs * kColumns, count = std::min(kColumns, M - begin);
+    double sum[kColumns] = {};
+    for (int64_t part = 0; part < parts; ++part) {
+      const double* row = partial + (b * parts + part) * M + begin;
+      for (int64_t j = 0; j < count; ++j) sum[j] += row[j];
+    }
+    for (int64_t j = 0; j < count; ++j) importance[b * M + begin + j] = static_cast<C>(c * sum[j]);
+  });
+}
+
+}  // namespace
+
+void keyframe_attention_forward(const AttentionShape& s, const HeadRows& query, const HeadRows& key,
+                                const HeadRows& value, const HeadRows& output, void* lse, void* importance,
+                                int threads) {
+  const AttentionKernels& table = kernels(s.dtype, s.D);
+  const int64_t M = s.N - s.num_keyframe, per_head = tasks_per_head(s.N), tasks = s.B * s.H * per_head;
+  const int64_t element = element_size(s.dtype), lse_element = s.dtype == DType::float64 ? 8 : 4;
+  if (tasks == 0) return;
+  const std::unique_ptr<double[]> partial(M > 0 ? new double[tasks * M] : nullptr);
+  for_each_task(tasks, table.forward_workspace(s.N, s.D), threads, [&](int64_t task, char* workspace, bool first) {
+    const int64_t b = task / per_head / s.H, h = task / per_head % s.H, begin = task % per_head * kRowsPerTask;
+    AttentionForwardTask t;
+    t.query = head(query, b, h, element), t.query_stride = query.stride_n;
+    t.key = head(key, b, h, element), t.key_stride = key.stride_n;
+    t.value = head(value, b, h, element), t.value_stride = value.stride_n;
+    t.N = s.N, t.D = s.D, t.num_keyframe = s.num_keyframe;
+    t.row_begin = begin, t.row_end = std::min(s.N, begin + kRowsPerTask);
+    t.scale = s.scale, t.keyframe_weight = s.keyframe_weight;
+    t.output = head(output, b, h, element), t.output_stride = output.stride_n;
+    t.lse = static_cast<char*>(lse) + (b * s.H + h) * s.N * lse_element;
+    t.column_sum = partial ? partial.get() + task * M : nullptr;
+    t.same_head = !first && begin != 0;
+    table.forward(t, workspace);
+  });
+  if (M == 0) return;
+  if (s.dtype == DType::float64)
+    add_partial_sums(partial.get(), s, static_cast<double*>(importance), threads);
+  else
+    add_partial_sums(partial.get(), s, static_cast<float*>(importance), threads);
+}
+
+void keyframe_attention_backward(const AttentionShape& s, const HeadRows& query, const HeadRows& key,
+                                 const HeadRows& value, const HeadRows& grad_output, const void* lse,
+                                 const void* grad_importance, const int64_t* index, int64_t num_select,
+                                 const HeadRows& grad_query, const HeadRows& grad_key, const HeadRows& grad_value,
+                                 int threads) {
+  const AttentionKernels& table = kernels(s.dtype, s.D);
+  const int64_t M = s.N - s.num_keyframe, K = index ? s.num_keyframe + num_select : s.N;
+  const int64_t element = element_size(s.dtype), sum_element = s.dtype == DType::float64 ? 8 : 4;
+  if (s.B * s.H == 0) return;
+
+  // The rows that take part, and where in grad_output each one is.
+  const bool all = grad_importance != nullptr && M > 0;
+  const int64_t R = all ? s.N : grad_output.data ? K : 0;
+  std::vector<int32_t> row(s.B * R), slot(s.B * R, -1);
+  for (int64_t b = 0; b < s.B && R > 0; ++b) {
+    int32_t *rows = row.data() + b * R, *slots = slot.data() + b * R;
+    if (all)
+      for (int64_t i = 0; i < s.N; ++i) rows[i] = static_cast<int32_t>(i);
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t token = index && k >= s.num_keyframe
+                                ? s.num_keyframe + index[b * num_select + k - s.num_keyframe]
+                                : k;
+      const int64_t r = all ? token : k;
+      rows[r] = static_cast<int32_t>(token);
+      if (grad_output.data) slots[r] = static_cast<int32_t>(k);
+    }
+  }
+
+  for_each_task(s.B * s.H, table.backward_workspace(s.N, s.D), threads, [&](int64_t task, char* workspace, bool) {
+    const int64_t b = task / s.H, h = task % s.H;
+    AttentionBackwardTask t;
+    t.query = head(query, b, h, element), t.query_stride = query.stride_n;
+    t.key = head(key, b, h, element), t.key_stride = key.stride_n;
+    t.value = head(value, b, h, element), t.value_stride = value.stride_n;
+    t.N = s.N, t.D = s.D, t.num_keyframe = s.num_keyframe;
+    t.scale = s.scale, t.keyframe_weight = s.keyframe_weight;
+    t.row = row.data() + b * R, t.slot = slot.data() + b * R, t.R = R;
+    t.grad_output = head(grad_output, b, h, element), t.grad_output_stride = grad_output.stride_n;
+    t.lse = static_cast<const char*>(lse) + task * s.N * sum_element;
+    t.grad_importance = all ? static_cast<const char*>(grad_importance) + b * M * sum_element : nullptr;
+    t.importance_scale = 1.0 / (static_cast<double>(s.N) * static_cast<double>(s.H));
+    t.grad_query = head(grad_query, b, h, element), t.grad_query_stride = grad_query.stride_n;
+    t.grad_key = head(grad_key, b, h, element), t.grad_key_stride = grad_key.stride_n;
+    t.grad_value = head(grad_value, b, h, element), t.grad_value_stride = grad_value.stride_n;
+    table.backward(t, workspace);
+  });
+}
+
+void keep_rows(char* tokens, int64_t B, int64_t N, int64_t row_bytes, int64_t num_keyframe, const int64_t* index,
+               int64_t num_select, int threads) {
+  // Every row moves towards the front and none overtakes another, so one pass in order is safe; threads share the columns.
+  const int64_t K = num_keyframe + num_select, lines = (row_bytes + 63) / 64;
+  threads = static_cast<int>(std::min<int64_t>(threads, lines));
+  parallel_for(threads, threads, [&](int64_t thread) {
+    const int64_t begin = lines * thread / threads * 64, end = std::min(row_bytes, lines * (thread + 1) / threads * 64);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t from = k < num_keyframe ? k : num_keyframe + index[b * num_select + k - num_keyframe];
+        std::memmove(tokens + (b * K + k) * row_bytes + begin, tokens + (b * N + from) * row_bytes + begin, end - begin);
+      }
+  });
+}
+
+}  // namespace evad
