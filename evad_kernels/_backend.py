@@ -29,9 +29,9 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "select_tokens": ("cpu",),
     "gather_tokens": ("cpu",),
     "scatter_tokens": ("cpu",),
-    "roi_align_3d": ("cpu",),
-    "roi_pool_3d": ("cpu",),
-    "pyramid_roi_align": ("cpu",),
+    "roi_align_3d": (),
+    "roi_pool_3d": (),
+    "pyramid_roi_align": (),
 }
 
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # backend -> the device type it serves
