@@ -15,7 +15,9 @@ import torch
 def pytest_addoption(parser):
     group = parser.getgroup("evad_kernels")
     group.addoption("--benchmark", action="store_true", help="Run benchmarks/ instead of tests/.")
-    group.addoption("--benchmark-smoke", action="store_true", help="With --benchmark: one round each, nothing written.")
+    group.addoption("--benchmark-smoke", action="store_true", help="With --benchmark: a quick try, nothing written.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    group.addoption("--benchmark-device", default=device, help=f"With --benchmark: where it runs (here {device}).")
 
 
 def pytest_configure(config):
@@ -29,6 +31,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--benchmark-smoke"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(items)}
+        items[:] = [item for item in items if item in first.values()]
     named = config.option.markexpr or config.option.keyword or any("::" in argument for argument in config.args)
     if not named:
         for item in items:

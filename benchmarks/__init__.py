@@ -1,0 +1,1 @@
+"""Measurements of every op and of the model against what a user would pick instead. See NOTES.md."""

@@ -1,0 +1,261 @@
+"""Times ours and every rival in one process, round by round, after checking that ours is right.
+
+A round calls every contestant once, in an order that rotates, so a slow moment of the machine falls on all of them.
+Results are medians with the 20th and 80th percentiles. On a GPU a round is several calls and one synchronisation.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.ceilings import Ceilings, Work
+
+ROOT = Path(__file__).parent.parent
+
+
+class Contestants(NamedTuple):
+    """What a benchmark compares."""
+
+    ours: Callable[[], object]
+    rivals: dict[str, Callable[[], object] | str]  # a string says why this rival cannot run here
+    check: Callable[[], None]  # raises if ours is wrong; runs before anything is timed
+    work: Work | None = None
+
+
+class Goal(NamedTuple):
+    """``value`` bounds what ``measure`` names.
+
+    ``speed-up``: time(rival) / time(ours), at least ``value``. ``time``: time(ours) / time(rival), at most ``value``.
+    ``ms``: time(ours) in milliseconds, at most ``value``. ``memory``: extra peak memory / ``base`` bytes, at most it.
+    """
+
+    measure: str
+    value: float
+    rival: str = ""
+    base: float = 0
+
+    def outcome(self, milliseconds: dict[str, float], memory: dict[str, float]) -> dict | None:
+        """The goal in words, what was reached, and whether that meets it; None where it was not measured."""
+        if self.measure == "memory":
+            if "ours" not in memory:
+                return None
+            reached, text = memory["ours"] / self.base, f"extra memory at most {self.value:.0%} of {self.rival}"
+        elif self.measure == "ms":
+            reached, text = milliseconds["ours"], f"at most {self.value:g} ms"
+        elif self.rival not in milliseconds:
+            return None
+        elif self.measure == "speed-up":
+            reached, text = milliseconds[self.rival] / milliseconds["ours"], f"at least {self.value:g}x {self.rival}"
+        else:
+            reached, text = milliseconds["ours"] / milliseconds[self.rival], f"at most {self.value:g} of {self.rival}"
+        met = reached >= self.value if self.measure == "speed-up" else reached <= self.value
+        return {"goal": text, "reached": significant(reached), "met": bool(met)}
+
+
+class Contest:
+    """The ``contest`` fixture: one row of results a call of ``run``."""
+
+    def __init__(self, benchmark, stem: str, ceilings: Ceilings, smoke: bool, rows: list):
+        self.benchmark, self.stem, self.ceilings, self.smoke, self.rows = benchmark, stem, ceilings, smoke, rows
+        self.device = ceilings.device
+
+    def run(
+        self,
+        op: str,
+        case: str,
+        build: Callable[..., Contestants],
+        arguments: dict,
+        *,
+        goals: tuple[Goal, ...] = (),
+        memory_of: tuple[str, ...] = (),
+        warm_up: dict | None = None,
+        gradient: bool = False,
+        headline: bool = False,
+        seconds: float = 4.0,
+    ) -> None:
+        """Check, time and record one case.
+
+        Args:
+            op: The public function measured.
+            case: Names the row within the op.
+            build: ``build(device=..., **arguments)`` makes the contestants. A module's function, because peak memory is
+                measured by calling it again in a fresh process.
+            goals: What the row should reach.
+            memory_of: Contestants whose peak memory is measured too.
+            warm_up: For that, arguments that make the case tiny.
+            gradient: Whether autograd is on.
+            headline: Whether the row stands in the README.
+            seconds: How long to time, all contestants together.
+        """
+        with nullcontext() if gradient else torch.inference_mode():
+            contestants = build(device=self.device, **arguments)
+            contestants.check()
+            functions = {"ours": contestants.ours}
+            unavailable = {}
+            for name, rival in contestants.rivals.items():
+                reason = rival if isinstance(rival, str) else _first_call(rival)
+                if reason is None:
+                    functions[name] = rival
+                else:
+                    unavailable[name] = reason
+            samples = self._time(functions, seconds)
+        times = {name: _percentiles(values) for name, values in samples.items()}
+        memory = measure_memory(build, arguments, warm_up or {}, gradient, memory_of, self.device)
+        milliseconds = {name: time["ms"] for name, time in times.items()}
+        row = {
+            "bench": self.stem,
+            "op": op,
+            "case": case,
+            "headline": headline,
+            "times": times,
+            "unavailable": unavailable,
+            "goals": [o for goal in goals if (o := goal.outcome(milliseconds, memory)) is not None],
+        }
+        if contestants.work is not None:
+            floor = self.ceilings.floor(contestants.work)
+            row["floor"] = {**floor, "reached": significant(floor["ms"] / milliseconds["ours"])}
+        if memory:
+            row["memory_mb"] = {name: significant(value / 1e6) for name, value in memory.items()}
+        self.rows.append(row)
+
+    def _time(self, functions: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
+        """Seconds of one call, for every contestant and round."""
+        names = list(functions)
+        estimate = {name: min(self._once(functions[name], 1) for _ in range(2)) for name in names}
+        calls = 1 if self.smoke else max(1, round((100e-6 if self.device == "cpu" else 2e-3) / estimate["ours"]))
+        rounds = 1 if self.smoke else int(np.clip(seconds / (calls * sum(estimate.values())), 5, 300))
+        samples = {name: [] for name in names}
+        turn = iter(range(rounds + 1))
+
+        def rivals_first():
+            shift = next(turn) % len(names)
+            for name in names[shift:] + names[:shift]:
+                if name != "ours":
+                    samples[name].append(self._once(functions[name], calls))
+
+        # pytest-benchmark times ours; its setup, which runs before every round, times the rivals.
+        self.benchmark.pedantic(lambda: self._calls(functions["ours"], calls), setup=rivals_first, rounds=rounds)
+        if self.benchmark.stats is not None:
+            samples["ours"] = [value / calls for value in self.benchmark.stats.stats.data]
+        return samples
+
+    def _calls(self, function: Callable, calls: int) -> None:
+        for _ in range(calls):
+            function()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def _once(self, function: Callable, calls: int) -> float:
+        begin = time.perf_counter()
+        self._calls(function, calls)
+        return (time.perf_counter() - begin) / calls
+
+
+def _first_call(rival: Callable) -> str | None:
+    """Calls a rival (which may compile now) and says why it cannot run, or None."""
+    try:
+        rival()
+    except Exception as error:  # whatever a rival raises, it is recorded, not ours to fix
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+    return None
+
+
+def _percentiles(samples: list[float]) -> dict:
+    p20, median, p80 = (significant(1e3 * value) for value in np.percentile(samples, (20, 50, 80)))
+    return {"ms": median, "p20": p20, "p80": p80, "rounds": len(samples)}
+
+
+def significant(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Standard normal values, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def assert_same(ours: object, rival: object) -> None:
+    """Two results of one value or several, bit for bit."""
+    pair = (ours, rival) if isinstance(ours, Tensor) else (torch.cat([x.flatten() for x in y]) for y in (ours, rival))
+    torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
+# Peak memory: in a fresh process, because buffers that an earlier call left behind would hide what a call needs.
+
+
+def measure_memory(
+    build: Callable, arguments: dict, warm_up: dict, gradient: bool, names: tuple[str, ...], device: str
+) -> dict[str, float]:
+    """Bytes at the peak of one call beyond what lay there before and beyond the results, for each contestant named."""
+    if device == "cpu" and not sys.platform.startswith("linux"):
+        return {}
+    request = [
+        build.__module__,
+        build.__name__,
+        {**arguments, "device": device},
+        {**arguments, **warm_up, "device": device},
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # where this process found ``build``
+    memory = {}
+    for name in names:
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks._harness", json.dumps([*request, gradient, name])]
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if process.returncode != 0:
+            raise RuntimeError(f"measuring the memory of {name} failed: {process.stderr[-2000:]}")
+        memory[name] = float(process.stdout.splitlines()[-1])
+    return memory
+
+
+def _memory_of_one_call(module: str, build: str, arguments: dict, warm_up: dict, gradient: bool, name: str) -> float:
+    build = getattr(importlib.import_module(module), build)
+
+    def contestant(arguments):
+        contestants = build(**arguments)
+        return contestants.ours if name == "ours" else contestants.rivals[name]
+
+    with nullcontext() if gradient else torch.inference_mode():
+        contestant(warm_up)()  # loads libraries and code, starts threads
+        function = contestant(arguments)
+        gc.collect()
+        if arguments["device"] != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            result = function()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before - _bytes(result)
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _status("VmRSS")
+        result = function()
+        return _status("VmHWM") - before - _bytes(result)
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def _bytes(result: object) -> int:
+    if isinstance(result, Tensor):
+        return result.nbytes
+    return sum(map(_bytes, result)) if isinstance(result, (tuple, list)) else 0
+
+
+if __name__ == "__main__":
+    print(_memory_of_one_call(*json.loads(sys.argv[1])))

@@ -1,0 +1,110 @@
+"""pyramid_roi_align, which chooses the level inside, against its reference and against one call a level."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import evad_kernels
+from benchmarks._boxes import SIDE, draw_boxes, torchvision_roi_align, with_batch_index
+from benchmarks._harness import Contestants, Goal, draw
+from benchmarks.ceilings import Work
+from evad_kernels.pyramid_roi_align import level_of
+from evad_kernels.testing import assert_accurate
+
+STRIDES, C = (4, 8, 16, 32), 256
+CASES = {
+    "float32 people B1": {"B": 1, "boxes": "people", "dtype": "float32"},
+    "bfloat16 people B1": {"B": 1, "boxes": "people", "dtype": "bfloat16"},
+    "float32 whole frame B1": {"B": 1, "boxes": "whole frame", "dtype": "float32"},
+    "float32 people B8": {"B": 8, "boxes": "people", "dtype": "float32"},
+}
+
+
+def build(device, B, boxes, dtype, backward=False):
+    dtype = getattr(torch, dtype)
+    levels = [
+        draw(B, C, SIDE // stride, SIDE // stride, seed=stride, dtype=dtype, device=device).requires_grad_(backward)
+        for stride in STRIDES
+    ]
+    boxes = draw_boxes(boxes, B, device)
+    roi_align = torchvision_roi_align()
+
+    def align(levels=levels):
+        return evad_kernels.pyramid_roi_align(levels, boxes)
+
+    def on_reference(levels=levels):
+        with evad_kernels.use_backend("reference"):
+            return align(levels)
+
+    def level_by_level(sample):
+        """As detectron2 does: the boxes of every level, a call for each, and the rows put back."""
+        rows = with_batch_index(boxes)
+        level = level_of(rows[:, 1:], first=2, count=4, canonical_size=224, canonical_level=4)
+        output = rows.new_empty(len(rows), C, 7, 7, dtype=dtype)
+        for number, (features, stride) in enumerate(zip(levels, STRIDES, strict=True)):
+            chosen = (level == number).nonzero()[:, 0]
+            output[chosen] = sample(features, rows[chosen], stride)
+        return output.unflatten(0, boxes.shape[:2])
+
+    def separable(features, rows, stride):
+        with evad_kernels.use_backend("reference"):
+            return evad_kernels.pyramid_roi_align([features], rows, strides=(stride,))
+
+    def torchvision(features, rows, stride):
+        align = roi_align(features.float(), rows, 7, spatial_scale=1 / stride, sampling_ratio=2, aligned=True)
+        return align.to(dtype)
+
+    def timed(function):
+        if not backward:
+            return function
+        output = function()
+        grad = draw(*output.shape, seed=3, dtype=dtype, device=device)
+        return lambda: torch.autograd.grad(output, levels, grad, retain_graph=True, allow_unused=True)
+
+    def check():
+        wide = [level.detach().double().requires_grad_(backward) for level in levels]
+        ours, reference, truth = align(), on_reference(), on_reference(wide)
+        assert_accurate(ours, reference, truth, label="samples")
+        if backward:
+            grad = draw(*ours.shape, seed=3, dtype=dtype, device=device)
+            grads = (
+                torch.autograd.grad(output, inputs, grad.to(output.dtype))
+                for output, inputs in ((ours, levels), (reference, levels), (truth, wide))
+            )
+            for number, triple in enumerate(zip(*grads, strict=True)):
+                assert_accurate(*triple, label=f"grad_levels[{number}]")
+
+    rivals = {
+        "reference": timed(on_reference),
+        "plain torch, level by level": timed(lambda: level_by_level(separable)),
+        "torchvision, level by level": roi_align
+        if isinstance(roi_align, str)
+        else timed(lambda: level_by_level(torchvision)),
+    }
+    samples = boxes.shape[0] * boxes.shape[1] * C * 49 * levels[0].element_size()
+    return Contestants(timed(align), rivals, check, Work(bytes=2 * samples))
+
+
+@pytest.mark.parametrize("case", CASES)
+def bench_forward(contest, case):
+    contest.run(
+        "pyramid_roi_align",
+        case,
+        build,
+        CASES[case],
+        goals=(Goal("speed-up", 10, "reference"),) if case == "float32 people B1" else (),
+        headline=case.endswith("people B1"),
+        seconds=2.0,
+    )
+
+
+def bench_backward(contest):
+    contest.run(
+        "pyramid_roi_align, backward",
+        "float32 people B1",
+        build,
+        {**CASES["float32 people B1"], "backward": True},
+        gradient=True,
+        seconds=2.0,
+    )

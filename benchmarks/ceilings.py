@@ -1,0 +1,107 @@
+"""What this machine can do at most: copies, matrix products and exponentials, measured with torch's own kernels.
+
+    python -m benchmarks.ceilings
+
+A floor is the time that an op's bytes, multiply-adds or exponentials alone would take at those rates, whichever is
+longest.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+
+class Work(NamedTuple):
+    """What an op must do at least, whoever computes it."""
+
+    bytes: float = 0  # read and written once
+    flops: float = 0  # of matrix products, a multiply-add is 2
+    exps: float = 0
+    dtype: torch.dtype = torch.float32  # of the matrix products
+
+
+class Ceilings:
+    """Rates of one device, each measured when first asked for."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self._rates: dict[tuple, float] = {}
+
+    def floor(self, work: Work) -> dict:
+        """``ms``, and ``bound``: which of the three rates sets it."""
+        seconds = {
+            "bytes": work.bytes / self.copy(work.bytes) if work.bytes else 0,
+            "flops": work.flops / self.matmul(work.dtype) if work.flops else 0,
+            "exp": work.exps / self.exp() if work.exps else 0,
+        }
+        bound = max(seconds, key=seconds.get)
+        return {"ms": float(f"{1e3 * seconds[bound]:.4g}"), "bound": bound}
+
+    def copy(self, size: float = 2**30) -> float:
+        """Bytes/s, read plus written, of a copy that moves about ``size`` bytes (small ones stay in cache)."""
+        elements = 2 ** max(10, min(27, int(size).bit_length() - 3))  # float32, half of the bytes on each side
+
+        def make():
+            source, target = (torch.ones(elements, device=self.device) for _ in range(2))
+            return lambda: target.copy_(source)
+
+        return self._rate(("copy", elements), make, 8 * elements)
+
+    def matmul(self, dtype: torch.dtype) -> float:
+        """Operations/s of a large square matrix product."""
+        size = 2048 if self.device == "cpu" else 8192
+
+        def make():
+            a, b, c = (torch.ones(size, size, device=self.device, dtype=dtype) for _ in range(3))
+            return lambda: torch.mm(a, b, out=c)
+
+        return self._rate(("matmul", dtype), make, 2 * size**3)
+
+    def exp(self) -> float:
+        """Exponentials/s, float32, in cache."""
+        elements = 2**18 if self.device == "cpu" else 2**22
+
+        def make():
+            source, target = (torch.zeros(elements, device=self.device) for _ in range(2))
+            return lambda: torch.exp(source, out=target)
+
+        return self._rate(("exp",), make, elements)
+
+    def _rate(self, key: tuple, make, amount: float) -> float:
+        if key not in self._rates:
+            with torch.inference_mode():
+                function = make()
+                self._rates[key] = amount / min(self._seconds(function) for _ in range(12))
+        return self._rates[key]
+
+    def _seconds(self, function) -> float:
+        """Of one call, from a batch of calls that takes about 10 ms."""
+        calls = 1
+        while True:
+            begin = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            elapsed = time.perf_counter() - begin
+            if elapsed > 5e-3:
+                return elapsed / calls
+            calls = max(2 * calls, int(calls * 7e-3 / max(elapsed, 1e-6)))
+
+    def summary(self) -> dict[str, float]:
+        """The rates in the usual units."""
+        return {
+            "copy GB/s": round(self.copy() / 1e9, 1),
+            "matmul float32 TFLOP/s": round(self.matmul(torch.float32) / 1e12, 3),
+            "matmul bfloat16 TFLOP/s": round(self.matmul(torch.bfloat16) / 1e12, 3),
+            "exp G/s": round(self.exp() / 1e9, 2),
+        }
+
+
+if __name__ == "__main__":
+    for name, rate in Ceilings(sys.argv[1] if len(sys.argv) > 1 else "cpu").summary().items():
+        print(f"{name:24} {rate:10}")

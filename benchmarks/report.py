@@ -1,0 +1,273 @@
+"""What the benchmarks wrote, as the README's tables and a plot: every number there comes from results/*.json.
+
+python -m benchmarks.report
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.ceilings import Ceilings
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+# results/<machine>.json: the machine, and its rows; a row that is measured again replaces the old one
+
+
+def machine(ceilings: Ceilings) -> dict:
+    if ceilings.device == "cpu":
+        threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+        name, vector = _cpu_name(), torch.backends.cpu.get_cpu_capability()
+        flags = _cpu_flags()
+        hardware = f"{name}, {threads}, {vector}{' with AMX bf16' if 'amx_bf16' in flags else ''}"
+    else:
+        hardware = torch.cuda.get_device_name(ceilings.device)
+    software = {"python": platform.python_version(), "torch": torch.__version__}
+    with contextlib.suppress(PackageNotFoundError):
+        software["triton"] = version("triton")
+    if torch.version.cuda and ceilings.device != "cpu":
+        software["cuda"] = torch.version.cuda
+    return {"hardware": hardware, "system": platform.platform(terse=True), **software, "ceilings": ceilings.summary()}
+
+
+def _cpu_name() -> str:
+    try:
+        return re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        return set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    except (OSError, TypeError):
+        return set()
+
+
+def commit() -> str:
+    """The commit measured; "+" where sources differ from it."""
+
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "evad_kernels", "csrc", "evad", "benchmarks/*.py")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def record(rows: list[dict], ceilings: Ceilings) -> Path:
+    """Merge ``rows`` into this machine's file and return its path."""
+    here = machine(ceilings)
+    slug = re.sub(r"\((r|tm)\)|processor|cpu @.*", "", here["hardware"].split(", ")[0].lower())
+    cores = f"-{os.cpu_count()}-cores" if ceilings.device == "cpu" else ""
+    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", slug).strip("-") + cores + ".json")
+    stamp = {"commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+    fresh = {identity(row): {**row, **stamp} for row in rows}
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    merged = {identity(row): row for row in kept} | fresh
+    path.parent.mkdir(exist_ok=True)
+    lines = ",\n".join("    " + json.dumps(row) for row in sorted(merged.values(), key=identity_order(merged)))
+    path.write_text(f'{{\n  "machine": {json.dumps(here)},\n  "rows": [\n{lines}\n  ]\n}}\n')
+    return path
+
+
+def identity(row: dict) -> tuple[str, str]:
+    return row["op"], row["case"]
+
+
+def identity_order(rows: dict):
+    """Benchmarks by name, rows of one in the order in which it ran them."""
+    order = {key: number for number, key in enumerate(rows)}
+    return lambda row: (row["bench"], order[identity(row)])
+
+
+def load() -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+# Tables
+
+
+def number(value: float) -> str:
+    """Three significant digits, never in powers of ten."""
+    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    return f"{value:.{max(0, 3 - whole)}f}"
+
+
+def cells(row: dict) -> dict[str, str]:
+    """A row in words: what every table shows of it."""
+    times = row["times"]
+    ours = times["ours"]
+    rivals = (f"{name} {number(time['ms'] / ours['ms'])}x" for name, time in times.items() if name != "ours")
+    floor = row.get("floor")
+    memory = row.get("memory_mb", {})
+    return {
+        "case": row["case"],
+        "ms": f"{number(ours['ms'])} ({number(ours['p20'])}-{number(ours['p80'])})",
+        "of floor": f"{floor['reached']:.0%} ({floor['bound']})" if floor else "",
+        "rivals take, times ours": ", ".join(rivals),
+        "extra memory, MB": ", ".join(f"{name} {number(value)}" for name, value in memory.items()),
+        "goals": "; ".join(
+            f"{'met' if g['met'] else 'MISSED'}: {g['goal']} ({number(g['reached'])})" for g in row["goals"]
+        ),
+    }
+
+
+def missed(rows: list[dict]) -> list[str]:
+    return [
+        f"{row['op']}, {row['case']}: {goal['goal']}, reached {number(goal['reached'])}"
+        for row in rows
+        for goal in row["goals"]
+        if not goal["met"]
+    ]
+
+
+def table(rows: list[dict], columns: tuple[str, ...]) -> str:
+    """Markdown, op by op."""
+    lines = ["| op, case | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    op = None
+    for row in rows:
+        if row["op"] != op:
+            op = row["op"]
+            lines.append(f"| **{op}** |" + " |" * len(columns))
+        shown = cells(row)
+        lines.append(f"| {row['case']} | " + " | ".join(shown[column] for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def heading(here: dict) -> str:
+    software = ", ".join(f"{name} {here[name]}" for name in ("torch", "triton", "cuda") if name in here)
+    rates = (f"{name.rpartition(' ')[0]} {rate:g} {name.rpartition(' ')[2]}" for name, rate in here["ceilings"].items())
+    return f"**{here['hardware']}**; {software}. Ceilings, measured: {', '.join(rates)}."
+
+
+def outcome(rows: list[dict]) -> str:
+    """How many goals are met, and those that are not."""
+    goals, misses = sum(len(row["goals"]) for row in rows), missed(rows)
+    text = f"Goals met: {goals - len(misses)} of {goals}."
+    return "\n".join(
+        [text + (" Missed:" if misses else ""), *([""] if misses else []), *(f"* {miss}" for miss in misses)]
+    )
+
+
+def tables(results: list[dict], headlines: bool) -> str:
+    """Markdown: for every machine its rows, or its headline rows alone, and the goals missed in any row."""
+    columns = ("ms", "of floor", "rivals take, times ours") + (() if headlines else ("extra memory, MB", "goals"))
+    parts = []
+    for result in results:
+        rows = result["rows"]
+        commits = sorted({f"{row['commit']} ({row['date']})" for row in rows})
+        parts.append(heading(result["machine"]))
+        parts.append(table([row for row in rows if row["headline"] or not headlines], columns))
+        parts.append(f"{outcome(rows)}\n\nCommit measured: {', '.join(commits)}.")
+    return "\n\n".join(parts)
+
+
+def with_tables(readme: str, results: list[dict]) -> str:
+    """``readme`` with what stands between the markers replaced."""
+    before, _, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"README.md must hold the markers {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{tables(results, headlines=True)}\n{END}{after}"
+
+
+def summary(rows: list[dict]) -> str:
+    """The rows of one run, for a terminal."""
+    lines, op = [], None
+    for row in rows:
+        if row["op"] != op:
+            op = row["op"]
+            lines.append(op)
+        shown = cells(row)
+        floor = f"   of floor {shown['of floor']}" if shown["of floor"] else ""
+        lines.append(f"  {row['case']:36} {shown['ms']:>24} ms{floor}")
+        lines.append(f"      rivals take {shown['rivals take, times ours']}")
+        lines += [f"      extra memory, MB: {shown['extra memory, MB']}"] if shown["extra memory, MB"] else []
+        lines += [f"      {goal}" for goal in shown["goals"].split("; ") if goal]
+        lines += [f"      {name} did not run: {reason}" for name, reason in row["unavailable"].items()]
+    misses = missed(rows)
+    goals = sum(len(row["goals"]) for row in rows)
+    return "\n".join([*lines, f"{goals - len(misses)} of {goals} goals met"])
+
+
+# The plot
+
+
+def plot(result: dict, path: Path) -> None:
+    """Time of keyframe_attention_topk against the number of tokens, with its floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    pattern = re.compile(r"(\w+) N(\d+) B1$")
+    rows = [(match[1], int(match[2]), row) for row in result["rows"] if (match := pattern.match(row["case"]))]
+    rows = [row for row in rows if row[2]["op"] == "keyframe_attention_topk"]
+    dtypes = sorted({dtype for dtype, _, _ in rows})
+    if not dtypes:
+        return
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False)
+    styles = {
+        "ours": {"color": "#c0392b", "linewidth": 2.5, "marker": "o"},
+        "eager": {"color": "#7f8c8d", "marker": "s"},
+        "SDPA + column sum": {"color": "#2980b9", "marker": "^"},
+        "SDPA alone": {"color": "#2980b9", "linestyle": "--", "marker": "v"},
+    }
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        chosen = sorted((N, row) for name, N, row in rows if name == dtype)
+        for name, style in styles.items():
+            points = [(N, row["times"][name]["ms"]) for N, row in chosen if name in row["times"]]
+            label = {"ours": "keyframe_attention_topk", "SDPA alone": "SDPA alone (no importance)"}.get(name, name)
+            axis.plot(*zip(*points, strict=True), label=label, **style)
+        axis.plot(
+            [N for N, _ in chosen],
+            [row["floor"]["ms"] for _, row in chosen],
+            color="black",
+            linestyle=":",
+            label="floor",
+        )
+        axis.set(xscale="log", yscale="log", title=dtype, xlabel="tokens")
+        axis.set_xticks([N for N, _ in chosen], [str(N) for N, _ in chosen])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("ms (12 heads of 64, batch 1)")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def all_tables(results: list[dict]) -> str:
+    """results/README.md."""
+    source = "Written by `python -m benchmarks.report` from the JSON files here."
+    return f"# Results\n\n{source}\n\n{tables(results, headlines=False)}\n"
+
+
+def update() -> None:
+    """The README's tables, those beside the results and the plots, from what lies in results/."""
+    readme, results = ROOT / "README.md", load()
+    readme.write_text(with_tables(readme.read_text(), results))
+    if results:
+        (RESULTS / "README.md").write_text(all_tables(results))
+    for path in sorted(RESULTS.glob("*.json")):
+        plot(json.loads(path.read_text()), path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    update()

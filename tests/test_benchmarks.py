@@ -1,0 +1,105 @@
+"""The benchmarks' machinery: goals, memory, tables. The benchmarks themselves run with `pytest --benchmark`."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks._harness import Contestants, Goal, measure_memory
+from benchmarks.ceilings import Ceilings, Work
+
+
+def build_allocation(device, size):
+    """Ours holds ``size`` MB beside its result, the rival four times that."""
+
+    def hold(megabytes):
+        return torch.ones(megabytes * 250_000, device=device).sum()
+
+    return Contestants(lambda: hold(size), {"rival": lambda: hold(4 * size)}, lambda: None)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory of a CPU op is read from Linux's /proc")
+def test_peak_memory_is_what_a_call_needs_beside_its_result():
+    memory = measure_memory(build_allocation, {"size": 40}, {"size": 1}, False, ("ours", "rival"), "cpu")
+    assert memory == {"ours": pytest.approx(40e6, rel=0.1), "rival": pytest.approx(160e6, rel=0.1)}
+
+
+def test_goals_compare_with_the_rival_named():
+    milliseconds = {"ours": 2.0, "eager": 16.0, "SDPA": 2.2}
+    assert Goal("speed-up", 8, "eager").outcome(milliseconds, {}) == {
+        "goal": "at least 8x eager",
+        "reached": 8.0,
+        "met": True,
+    }
+    assert not Goal("time", 0.9, "SDPA").outcome(milliseconds, {})["met"]
+    assert Goal("ms", 2.5).outcome(milliseconds, {})["met"]
+    assert not Goal("memory", 0.05, "the map", 100).outcome(milliseconds, {"ours": 6})["met"]
+    assert Goal("speed-up", 1, "absent").outcome(milliseconds, {}) is None
+    assert Goal("memory", 0.05, "the map", 100).outcome(milliseconds, {}) is None
+
+
+def test_floor_is_the_longest_of_bytes_operations_and_exponentials():
+    ceilings = Ceilings("cpu")
+    ceilings._rates = {("matmul", torch.float32): 1e12, ("exp",): 1e9}
+    assert ceilings.floor(Work(flops=1e9, exps=1e7)) == {"ms": 10.0, "bound": "exp"}
+    assert ceilings.floor(Work(flops=2e10, exps=1e7)) == {"ms": 20.0, "bound": "flops"}
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0421, "0.042"), (1.234, "1.23"), (12.34, "12.3"), (1234.5, "1234")])
+def test_number(value, text):
+    assert report.number(value) == text
+
+
+def row(case, ours, rival, met):
+    times = {name: {"ms": ms, "p20": ms, "p80": ms, "rounds": 5} for name, ms in (("ours", ours), ("eager", rival))}
+    goals = [{"goal": "at least 2x eager", "reached": rival / ours, "met": met}]
+    return {
+        "bench": "op",
+        "op": "op",
+        "case": case,
+        "headline": True,
+        "times": times,
+        "unavailable": {},
+        "goals": goals,
+    }
+
+
+def test_a_row_measured_again_replaces_the_old_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(Ceilings, "summary", lambda self: {"copy GB/s": 10.0})
+    report.record([row("a", 1.0, 3.0, True), row("b", 1.0, 1.5, False)], Ceilings("cpu"))
+    path = report.record([row("b", 1.0, 4.0, True)], Ceilings("cpu"))
+    stored = json.loads(path.read_text())["rows"]
+    assert [(row["case"], row["times"]["eager"]["ms"]) for row in stored] == [("a", 3.0), ("b", 4.0)]
+    assert all(row["commit"] and row["date"] for row in stored)
+
+
+def test_tables_show_ratios_and_name_the_goals_missed(tmp_path):
+    rows = [
+        {**row("a", 1.0, 3.0, True), "commit": "c", "date": "d"},
+        {**row("b", 1.0, 1.5, False), "commit": "c", "date": "d"},
+    ]
+    text = report.tables(
+        [{"machine": {"hardware": "M", "torch": "2", "ceilings": {"copy GB/s": 10.0}}, "rows": rows}], True
+    )
+    assert "| a | 1.00 (1.00-1.00) |  | eager 3.00x |" in text
+    assert "Goals met: 1 of 2. Missed:\n\n* op, b: at least 2x eager, reached 1.50" in text
+
+
+def test_readme_tables_are_generated_from_the_results():
+    readme = (report.ROOT / "README.md").read_text()
+    assert readme == report.with_tables(readme, report.load()), "run python -m benchmarks.report"
+
+
+def test_result_tables_are_generated_from_the_results():
+    path = report.RESULTS / "README.md"
+    assert (path.read_text() if path.exists() else None) == (
+        report.all_tables(report.load()) if report.load() else None
+    )
+
+
+def test_readme_needs_its_markers():
+    with pytest.raises(ValueError, match="must hold the markers"):
+        report.with_tables("no markers", [])
