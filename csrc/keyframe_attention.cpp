@@ -131,7 +131,7 @@ void keyframe_attention_backward(const AttentionShape& s, const HeadRows& query,
                                  const HeadRows& grad_query, const HeadRows& grad_key, const HeadRows& grad_value,
                                  int threads) {
   const AttentionKernels& table = kernels(s.dtype, s.D);
-  const int64_t M = s.N - s.num_keyframe, K = index ? s.num_keyframe + num_select : s.N;
+  const int64_t M = s.N - s.num_keyframe, K = s.num_keyframe + num_select;
   const int64_t element = element_size(s.dtype), sum_element = s.dtype == DType::float64 ? 8 : 4;
   if (s.B * s.H == 0) return;
 

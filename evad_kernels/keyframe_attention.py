@@ -291,7 +291,7 @@ def _backward_cpu(
         lse.data_ptr(),
         0 if grad_importance is None or num_keyframe == N else grad_importance.data_ptr(),
         0 if index is None else index.data_ptr(),
-        0 if index is None else index.shape[1],
+        N - num_keyframe if index is None else index.shape[1],
         *map(_head_rows, grads),
         torch.get_num_threads(),
     )
