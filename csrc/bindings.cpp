@@ -5,7 +5,6 @@
 
 #include <array>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 #include "cell_map.h"
@@ -33,69 +32,78 @@ int64_t element_size(int dtype) {
   return size;
 }
 
-void require_in_range(const RangeCheck& check, const std::string& argument, int64_t limit) {
-  if (!check.valid)
-    throw std::invalid_argument(argument + " must be in [0, " + std::to_string(limit) + "), got " +
-                                std::to_string(check.offending));
-}
+// Where a kernel runs: the last argument of its binding is a number of threads, or a CUDA stream's handle.
+struct Cpu {
+  using Argument = int;
+  static int where(int threads) { return threads; }
+};
+struct Cuda {
+  using Argument = Address;
+  static Stream where(Address stream) { return pointer<CUstream_st>(stream); }
+};
 
 // Every kernel runs without the GIL.
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
+template <class Device>
 void bind_cell_map(py::module_& m) {
   m.def(
       "cell_map",
       [](const std::string& op, Address position, int64_t stride_b, int64_t stride_k, int64_t B, int64_t K,
-         int64_t cells, Address slot, int threads) {
-        require_in_range(
-            cell_map(pointer<const int64_t>(position), stride_b, stride_k, B, K, cells, pointer<int32_t>(slot), threads),
-            op + ": position", cells);
+         int64_t cells, Address slot, typename Device::Argument where) {
+        cell_map(op, pointer<const int64_t>(position), stride_b, stride_k, B, K, cells, pointer<int32_t>(slot),
+                 Device::where(where));
       },
       NoGil());
 }
 
+template <class Device>
 void bind_scatter_tokens(py::module_& m) {
   m.def(
       "scatter_tokens_forward",
       [](Address tokens, int64_t stride_b, int64_t stride_k, Address slot, Address fill, bool fill_per_cell, int64_t B,
-         int64_t cells, int64_t C, int dtype, Address dense, int threads) {
+         int64_t cells, int64_t C, int dtype, Address dense, typename Device::Argument where) {
         const int64_t size = element_size(dtype);
-        scatter_tokens_forward(pointer<const char>(tokens), stride_b * size, stride_k * size,
-                               pointer<const int32_t>(slot), pointer<const char>(fill), fill_per_cell, B, cells,
-                               C * size, pointer<char>(dense), threads);
+        const ScatterRows source{pointer<const char>(tokens),  stride_b * size, stride_k * size,
+                                 pointer<const int32_t>(slot), pointer<const char>(fill), fill_per_cell, cells,
+                                 C * size};
+        scatter_tokens_forward(source, B, pointer<char>(dense), Device::where(where));
       },
       NoGil());
   m.def(
       "scatter_tokens_backward",
       [](Address grad_dense, Address position, int64_t stride_b, int64_t stride_k, Address slot, int64_t B, int64_t K,
-         int64_t cells, int64_t C, int dtype, Address grad_tokens, int threads) {
-        scatter_tokens_backward(pointer<const char>(grad_dense), pointer<const int64_t>(position), stride_b, stride_k,
-                                pointer<const int32_t>(slot), B, K, cells, C * element_size(dtype),
-                                pointer<char>(grad_tokens), threads);
+         int64_t cells, int64_t C, int dtype, Address grad_tokens, typename Device::Argument where) {
+        const ScatterGradRows source{pointer<const char>(grad_dense), pointer<const int64_t>(position), stride_b,
+                                     stride_k, pointer<const int32_t>(slot), cells, C * element_size(dtype)};
+        scatter_tokens_backward(source, B, K, pointer<char>(grad_tokens), Device::where(where));
       },
       NoGil());
   m.def(
       "scatter_tokens_backward_fill",
       [](Address grad_dense, Address slot, bool fill_per_cell, int64_t B, int64_t cells, int64_t C, int dtype,
-         Address grad_fill, int threads) {
+         Address grad_fill, Address partial, typename Device::Argument where) {
         with_dtype(static_cast<DType>(dtype), [&](auto zero) {
           using T = decltype(zero);
           scatter_tokens_backward_fill<T>(pointer<const T>(grad_dense), pointer<const int32_t>(slot), fill_per_cell, B,
-                                          cells, C, pointer<T>(grad_fill), threads);
+                                          cells, C, pointer<T>(grad_fill), pointer<double>(partial),
+                                          Device::where(where));
         });
       },
       NoGil());
+  m.def("scatter_tokens_fill_runs", &fill_runs);
 }
 
+template <class Device>
 void bind_token_selection(py::module_& m) {
   m.def(
       "select_tokens",
       [](Address importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select, int dtype,
-         Address index, int threads) {
+         Address index, typename Device::Argument where) {
         with_dtype(static_cast<DType>(dtype), [&](auto zero) {
           using T = decltype(zero);
           select_tokens<T>(pointer<const T>(importance), stride_b, stride_m, B, M, num_select, pointer<int64_t>(index),
-                           threads);
+                           Device::where(where));
         });
       },
       NoGil());
@@ -103,26 +111,37 @@ void bind_token_selection(py::module_& m) {
       "gather_tokens_forward",
       [](Address tokens, int64_t stride_b, int64_t stride_n, Address index, int64_t index_stride_b,
          int64_t index_stride_k, int64_t B, int64_t N, int64_t C, int64_t num_keyframe, int64_t num_select,
-         int64_t element_size, Address kept, int threads) {
-        const RangeCheck check = gather_tokens_forward(
-            pointer<const char>(tokens), stride_b * element_size, stride_n * element_size,
-            pointer<const int64_t>(index), index_stride_b, index_stride_k, B, N, num_keyframe, num_select,
-            C * element_size, pointer<char>(kept), threads);
-        require_in_range(check, "gather_tokens: index", N - num_keyframe);
+         int64_t element_size, Address kept, typename Device::Argument where) {
+        const GatherRows source{pointer<const char>(tokens),
+                                stride_b * element_size,
+                                stride_n * element_size,
+                                pointer<const int64_t>(index),
+                                index_stride_b,
+                                index_stride_k,
+                                N,
+                                num_keyframe};
+        gather_tokens_forward(source, B, num_select, C * element_size, pointer<char>(kept), Device::where(where));
       },
       NoGil());
   m.def(
       "gather_tokens_backward",
       [](Address grad_kept, Address index, int64_t index_stride_b, int64_t index_stride_k, int64_t B, int64_t N,
-         int64_t C, int64_t num_keyframe, int64_t num_select, int dtype, Address grad_tokens, int threads) {
-        RangeCheck check{};
+         int64_t C, int64_t num_keyframe, int64_t num_select, int dtype, Address copies, Address grad_tokens,
+         typename Device::Argument where) {
+        const GatherGradRows source{pointer<const char>(grad_kept),
+                                    pointer<const int64_t>(index),
+                                    index_stride_b,
+                                    index_stride_k,
+                                    pointer<const int32_t>(copies),
+                                    B,
+                                    N,
+                                    num_keyframe,
+                                    num_select,
+                                    C * element_size(dtype)};
         with_dtype(static_cast<DType>(dtype), [&](auto zero) {
           using T = decltype(zero);
-          check = gather_tokens_backward<T>(pointer<const T>(grad_kept), pointer<const int64_t>(index), index_stride_b,
-                                            index_stride_k, B, N, num_keyframe, num_select, C,
-                                            pointer<T>(grad_tokens), threads);
+          gather_tokens_backward<T>(source, pointer<int32_t>(copies), pointer<T>(grad_tokens), Device::where(where));
         });
-        require_in_range(check, "gather_tokens: index", N - num_keyframe);
       },
       NoGil());
 }
@@ -177,13 +196,17 @@ void bind_keyframe_attention(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU and CUDA kernels of evad_kernels; call them through the package.";
+  bind_cell_map<Cpu>(m);
+  bind_keyframe_attention(m);
+  bind_scatter_tokens<Cpu>(m);
+  bind_token_selection<Cpu>(m);
 #if defined(EVAD_WITH_CUDA)
   m.attr("with_cuda") = true;
+  py::module_ cuda = m.def_submodule("cuda", "The same kernels on a GPU: a stream's handle where the others take threads.");
+  bind_cell_map<Cuda>(cuda);
+  bind_scatter_tokens<Cuda>(cuda);
+  bind_token_selection<Cuda>(cuda);
 #else
   m.attr("with_cuda") = false;
 #endif
-  bind_cell_map(m);
-  bind_keyframe_attention(m);
-  bind_scatter_tokens(m);
-  bind_token_selection(m);
 }

@@ -13,7 +13,12 @@
 #define EVAD_HOST_DEVICE inline
 #endif
 
+struct CUstream_st;
+
 namespace evad {
+
+using Stream = CUstream_st*;  // cudaStream_t, where CUDA's headers are absent
+
 
 // Codes of element types, as evad_kernels/_backend.py passes them.
 enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 
 namespace evad {
 
@@ -13,8 +14,17 @@ template <class Body>
 void parallel_for(int64_t items, int threads, const Body& body, int64_t grain = 1) {
 #if defined(_OPENMP)
   if (threads > 1 && items > 1 && items > grain) {
+    std::exception_ptr failure;  // an exception that leaves a parallel region ends the process
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t item = 0; item < items; ++item) body(item);
+    for (int64_t item = 0; item < items; ++item) {
+      try {
+        body(item);
+      } catch (...) {
+#pragma omp critical(evad_parallel_for)
+        failure = std::current_exception();
+      }
+    }
+    if (failure) std::rethrow_exception(failure);
     return;
   }
 #endif

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <type_traits>
-#include <vector>
 
+#include "copy_rows.h"
 #include "parallel.h"
+#include "range_check.h"
 
 namespace evad {
 namespace {
@@ -39,10 +39,7 @@ Selection<Key> find_threshold(const Key* keys, int64_t M, int64_t num_select, Ke
   for (int shift = std::max(width - kDigitBits, 0);; shift = std::max(shift - kDigitBits, 0)) {
     int32_t histogram[kDigits] = {};
     for (int64_t j = 0; j < count; ++j) ++histogram[selection.digit(keys[j], shift)];
-    int digit = kDigits - 1;
-    int64_t above = 0;
-    while (above + histogram[digit] < selection.rank) above += histogram[digit--];
-    selection.fix(digit, shift, above);
+    selection.find_digit(histogram, kDigits - 1, 0, shift);
     if (shift == 0) return selection;
     int64_t kept = 0;
     for (int64_t j = 0; j < count; ++j) {
@@ -65,27 +62,13 @@ void select_row(const T* importance, int64_t stride, int64_t M, int64_t num_sele
   else
     for (int64_t j = 0; j < M; ++j) keys[j] = order_key(importance[j * stride]);
   const Selection<Key> selection = find_threshold(keys, M, num_select, keys + M);
-  int64_t count = 0, equal = 0;
-  for (int64_t j = 0; count < num_select; ++j) {
-    index[count] = j;
-    count += selection.selected(keys[j], equal);
+  int64_t above = 0, equal = 0;
+  for (int64_t j = 0, place = 0; place < num_select; ++j) {  // the next place is written until a selected j stays
+    index[place] = j;
+    above += keys[j] > selection.threshold;
     equal += keys[j] == selection.threshold;
+    place = selection.place(above, equal);
   }
-}
-
-constexpr int64_t kRowsPerTask = 64;
-constexpr int64_t kBytesPerThread = 131072;  // copied in some 10 us, twice what waking the threads costs
-
-// body(b, row) for all rows of all samples, in runs that fill a task.
-template <class Body>
-void for_each_row(int64_t B, int64_t rows, int64_t row_bytes, int threads, const Body& body) {
-  const int64_t runs = (rows + kRowsPerTask - 1) / kRowsPerTask;
-  const auto run = [&](int64_t task) {
-    const int64_t b = task / runs, begin = task % runs * kRowsPerTask;
-    const int64_t end = std::min(rows, begin + kRowsPerTask);
-    for (int64_t row = begin; row < end; ++row) body(b, row);
-  };
-  parallel_for(B * runs, threads, run, kBytesPerThread / (kRowsPerTask * row_bytes + 1));
 }
 
 }  // namespace
@@ -100,70 +83,37 @@ void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int6
       kKeysPerThread / M);
 }
 
-RangeCheck gather_tokens_forward(const char* tokens, int64_t stride_b, int64_t stride_n, const int64_t* index,
-                                 int64_t index_stride_b, int64_t index_stride_k, int64_t B, int64_t N,
-                                 int64_t num_keyframe, int64_t num_select, int64_t row_bytes, char* kept, int threads) {
-  const RangeCheck check = check_range(index, index_stride_b, index_stride_k, B, num_select, N - num_keyframe);
-  if (!check.valid) return check;
-  const int64_t rows = num_keyframe + num_select;
-  const auto copy = [&](auto bytes) {
-    for_each_row(B, rows, row_bytes, threads, [&](int64_t b, int64_t row) {
-      const int64_t k = row - num_keyframe;
-      const int64_t n = k < 0 ? row : num_keyframe + index[b * index_stride_b + k * index_stride_k];
-      std::memcpy(kept + (b * rows + row) * row_bytes, tokens + b * stride_b + n * stride_n, bytes);
-    });
-  };
-  switch (row_bytes) {  // a memcpy of known size is a load and a store: masks and positions
-    case 1: copy(std::integral_constant<size_t, 1>{}); break;
-    case 4: copy(std::integral_constant<size_t, 4>{}); break;
-    case 8: copy(std::integral_constant<size_t, 8>{}); break;
-    default: copy(static_cast<size_t>(row_bytes));
-  }
-  return check;
+void gather_tokens_forward(const GatherRows& source, int64_t B, int64_t num_select, int64_t row_bytes, char* kept,
+                           int threads) {
+  require_in_range("gather_tokens: index", source.index, source.index_stride_b, source.index_stride_k, B, num_select,
+                   source.N - source.num_keyframe);
+  copy_rows(source, B, source.num_keyframe + num_select, row_bytes, kept, threads);
 }
 
 template <class T>
-RangeCheck gather_tokens_backward(const T* grad_kept, const int64_t* index, int64_t index_stride_b,
-                                  int64_t index_stride_k, int64_t B, int64_t N, int64_t num_keyframe,
-                                  int64_t num_select, int64_t C, T* grad_tokens, int threads) {
-  const int64_t M = N - num_keyframe, rows = num_keyframe + num_select;
-  const RangeCheck check = check_range(index, index_stride_b, index_stride_k, B, num_select, M);
-  if (!check.valid) return check;
-  // The kept rows that copy token m: first[m], next[first[m]], ... ascending, to the end at -1.
-  std::vector<int64_t> first(B * M, -1), next(B * num_select);
+void gather_tokens_backward(const GatherGradRows& source, int32_t* copies, T* grad_tokens, int threads) {
+  const int64_t B = source.B, N = source.N, M = N - source.num_keyframe;
+  require_in_range("gather_tokens: index", source.index, source.index_stride_b, source.index_stride_k, B,
+                   source.num_select, M);
+  std::fill(copies, copies + 2 * B * M, kNoCopy);
   for (int64_t b = 0; b < B; ++b)
-    for (int64_t k = num_select - 1; k >= 0; --k) {
-      int64_t& head = first[b * M + index[b * index_stride_b + k * index_stride_k]];
-      next[b * num_select + k] = head;
-      head = k;
+    for (int64_t k = 0; k < source.num_select; ++k) {
+      int32_t* const first = copies + b * M + source.index[b * source.index_stride_b + k * source.index_stride_k];
+      int32_t* const last = first + B * M;
+      if (*first == kNoCopy) *first = static_cast<int32_t>(k);
+      *last = static_cast<int32_t>(k);
     }
-  for_each_row(B, N, C * sizeof(T), threads, [&](int64_t b, int64_t n) {
-    T* const out = grad_tokens + (b * N + n) * C;
-    const T* const grad = grad_kept + b * rows * C;
-    if (n < num_keyframe) {
-      std::memcpy(out, grad + n * C, C * sizeof(T));
-      return;
-    }
-    const int64_t* const following = next.data() + b * num_select;
-    const int64_t k = first[b * M + n - num_keyframe];
-    if (k < 0)
-      std::memset(out, 0, C * sizeof(T));
-    else if (following[k] < 0)
-      std::memcpy(out, grad + (num_keyframe + k) * C, C * sizeof(T));
-    else
-      for (int64_t c = 0; c < C; ++c) {
-        accumulate_t<T> sum = 0;
-        for (int64_t copy = k; copy >= 0; copy = following[copy]) sum += to_float(grad[(num_keyframe + copy) * C + c]);
-        out[c] = from_float<T>(sum);
-      }
+  copy_rows(source, B, N, source.row_bytes, reinterpret_cast<char*>(grad_tokens), threads);
+  const int64_t C = source.row_bytes / sizeof(T);
+  for_each_row(B, N, source.row_bytes, threads, [&](int64_t b, int64_t n) {
+    if (source.repeated(b, n))
+      for (int64_t c = 0; c < C; ++c) grad_tokens[(b * N + n) * C + c] = source.sum<T>(b, n, c);
   });
-  return check;
 }
 
-#define EVAD_INSTANTIATE(T)                                                                                           \
-  template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int);               \
-  template RangeCheck gather_tokens_backward<T>(const T*, const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, \
-                                                int64_t, int64_t, T*, int);
+#define EVAD_INSTANTIATE(T)                                                                                         \
+  template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int);             \
+  template void gather_tokens_backward<T>(const GatherGradRows&, int32_t*, T*, int);
 EVAD_INSTANTIATE(float)
 EVAD_INSTANTIATE(double)
 EVAD_INSTANTIATE(float16)

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "host_device.h"
-#include "range_check.h"
 
 namespace evad {
 
@@ -43,37 +42,99 @@ struct Selection {
 
   EVAD_HOST_DEVICE static int digit(Key key, int shift) { return static_cast<int>(key >> shift) & (kDigits - 1); }
 
-  // The digit at `shift` is `digit`; `above` candidates have a higher one.
-  EVAD_HOST_DEVICE void fix(int digit, int shift, int64_t above) {
+  // Finds the digit at `shift` from the candidates' histogram: it is `digit` or lower, and `above` candidates have one
+  // higher than `digit`.
+  EVAD_HOST_DEVICE void find_digit(const int32_t* histogram, int digit, int64_t above, int shift) {
+    while (above + histogram[digit] < rank) above += histogram[digit--];
     threshold = static_cast<Key>(threshold | static_cast<Key>(digit) << shift);
     known = static_cast<Key>(known | static_cast<Key>(kDigits - 1) << shift);
     rank -= above;
   }
 
-  // Of a row in which `equal` keys before this one tie with the threshold.
-  EVAD_HOST_DEVICE bool selected(Key key, int64_t equal) const {
-    return key > threshold || (key == threshold && equal < rank);
-  }
+  // How many are selected of keys among which `above` are above the threshold and `equal` tie with it: the place of the
+  // next one that is.
+  EVAD_HOST_DEVICE int64_t place(int64_t above, int64_t equal) const { return above + (equal < rank ? equal : rank); }
 };
 
+// Each op runs on CPU threads, or on a CUDA stream (csrc/token_selection.cu).
 // index[b, :] = the num_select highest of importance[b, :], ascending; of equal ones those of lower index.
 //   importance [B, M], strides in elements    index [B, num_select], contiguous    0 <= num_select <= M
 template <class T>
 void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select,
                    int64_t* index, int threads);
-
-// kept[b] = tokens[b, :num_keyframe], then tokens[b, num_keyframe + index[b, k]] for each k; every byte written once.
-// An index outside [0, N - num_keyframe) is reported and nothing is written.
-//   tokens [B, N, C], rows contiguous, strides in bytes    index [B, num_select], strides in elements
-//   kept [B, num_keyframe + num_select, C], contiguous
-RangeCheck gather_tokens_forward(const char* tokens, int64_t stride_b, int64_t stride_n, const int64_t* index,
-                                 int64_t index_stride_b, int64_t index_stride_k, int64_t B, int64_t N,
-                                 int64_t num_keyframe, int64_t num_select, int64_t row_bytes, char* kept, int threads);
-
-// grad_tokens[b, n] = the sum of grad_kept over the kept rows that copy n, in their order; zeros where there is none.
 template <class T>
-RangeCheck gather_tokens_backward(const T* grad_kept, const int64_t* index, int64_t index_stride_b,
-                                  int64_t index_stride_k, int64_t B, int64_t N, int64_t num_keyframe,
-                                  int64_t num_select, int64_t C, T* grad_tokens, int threads);
+void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select,
+                   int64_t* index, Stream stream);
+
+// Forward of gather_tokens (copy_rows.h): the keyframe's rows, then the selected; zeros for an index outside.
+//   tokens [B, N, C], rows contiguous, strides in bytes    index [B, num_select], strides in elements
+struct GatherRows {
+  const char* tokens;
+  int64_t stride_b, stride_n;
+  const int64_t* index;
+  int64_t index_stride_b, index_stride_k;
+  int64_t N, num_keyframe;
+
+  EVAD_HOST_DEVICE const char* operator()(int64_t b, int64_t row) const {
+    const char* const sample = tokens + b * stride_b;
+    if (row < num_keyframe) return sample + row * stride_n;
+    const int64_t j = index[b * index_stride_b + (row - num_keyframe) * index_stride_k];
+    return j >= 0 && j < N - num_keyframe ? sample + (num_keyframe + j) * stride_n : nullptr;
+  }
+};
+
+// Backward: the gradient of a token is that of the kept row that copies it, their sum in order where several do, zeros
+// where none does. copies [2, B, M], M = N - num_keyframe: the first and the last k with index[b, k] = m, or kNoCopy.
+constexpr int32_t kNoCopy = -1;
+
+struct GatherGradRows {
+  const char* grad_kept;  // [B, num_keyframe + num_select, C], contiguous
+  const int64_t* index;
+  int64_t index_stride_b, index_stride_k;
+  const int32_t* copies;
+  int64_t B, N, num_keyframe, num_select, row_bytes;
+
+  EVAD_HOST_DEVICE const char* kept_row(int64_t b, int64_t row) const {
+    return grad_kept + (b * (num_keyframe + num_select) + row) * row_bytes;
+  }
+  EVAD_HOST_DEVICE const int32_t* first(int64_t b, int64_t n) const {
+    return copies + b * (N - num_keyframe) + n - num_keyframe;
+  }
+  EVAD_HOST_DEVICE const int32_t* last(int64_t b, int64_t n) const { return first(b, n) + B * (N - num_keyframe); }
+
+  EVAD_HOST_DEVICE bool repeated(int64_t b, int64_t n) const {
+    return n >= num_keyframe && *first(b, n) != *last(b, n);
+  }
+
+  EVAD_HOST_DEVICE const char* operator()(int64_t b, int64_t n) const {
+    if (n < num_keyframe) return kept_row(b, n);
+    const int32_t k = *last(b, n);
+    return k == kNoCopy ? nullptr : kept_row(b, num_keyframe + k);
+  }
+
+  // Channel c of a repeated token.
+  template <class T>
+  EVAD_HOST_DEVICE T sum(int64_t b, int64_t n, int64_t c) const {
+    accumulate_t<T> total = 0;
+    const int32_t end = *last(b, n);
+    for (int64_t k = *first(b, n); k <= end; ++k)
+      if (index[b * index_stride_b + k * index_stride_k] == n - num_keyframe)
+        total += to_float(reinterpret_cast<const T*>(kept_row(b, num_keyframe + k))[c]);
+    return from_float<T>(total);
+  }
+};
+
+// An index outside [0, N - num_keyframe) throws std::invalid_argument on the CPU, before anything is written.
+// kept [B, num_keyframe + num_select, C], contiguous.
+void gather_tokens_forward(const GatherRows& source, int64_t B, int64_t num_select, int64_t row_bytes, char* kept,
+                           int threads);
+void gather_tokens_forward(const GatherRows& source, int64_t B, int64_t num_select, int64_t row_bytes, char* kept,
+                           Stream stream);
+
+// grad_tokens [B, N, C], contiguous; fills source.copies, which is `copies`.
+template <class T>
+void gather_tokens_backward(const GatherGradRows& source, int32_t* copies, T* grad_tokens, int threads);
+template <class T>
+void gather_tokens_backward(const GatherGradRows& source, int32_t* copies, T* grad_tokens, Stream stream);
 
 }  // namespace evad

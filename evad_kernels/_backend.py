@@ -26,13 +26,17 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "keyframe_attention": ("cpu",),
     "keyframe_attention_topk": ("cpu",),
-    "select_tokens": ("cpu",),
-    "gather_tokens": ("cpu",),
-    "scatter_tokens": ("cpu",),
+    "select_tokens": ("cpu", "cuda"),
+    "gather_tokens": ("cpu", "cuda"),
+    "scatter_tokens": ("cpu", "cuda"),
     "roi_align_3d": (),
     "roi_pool_3d": (),
     "pyramid_roi_align": (),
 }
+
+# Written and compiled, but "auto" leaves them alone until their tests have passed on a GPU.
+BY_NAME_ONLY = {("select_tokens", "cuda"), ("gather_tokens", "cuda"), ("scatter_tokens", "cuda")}
+UNTESTED = "by name only: not yet tested on a GPU"
 
 DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # backend -> the device type it serves
 
@@ -113,7 +117,7 @@ def choose(op: str, tensor: Tensor) -> str:
     device = tensor.device.type
     if _requested == "auto":
         for backend in IMPLEMENTED[op]:
-            if DEVICE[backend] == device and MISSING[backend] is None:
+            if DEVICE[backend] == device and MISSING[backend] is None and (op, backend) not in BY_NAME_ONLY:
                 return backend
         return "reference"
     if _requested != "reference":
@@ -141,12 +145,12 @@ class Backends(dict):
     def __str__(self) -> str:
         reasons = list(dict.fromkeys(reason for row in self.values() for reason in row.values() if reason))
         rows = {
-            op: {b: "yes" if r is None else f"no ({reasons.index(r) + 1})" for b, r in row.items()}
+            op: {b: "yes" if r is None else f"{_answer(r)} ({reasons.index(r) + 1})" for b, r in row.items()}
             for op, row in self.items()
         }
         width = max(map(len, rows), default=0)
         lines = (
-            f"{op:<{width}}" + "".join(f"  {row[b]:<{max(len(b), 6)}}" for b in BACKENDS)
+            f"{op:<{width}}" + "".join(f"  {row[b]:<{max(len(b), 7)}}" for b in BACKENDS)
             for op, row in {"": {b: b for b in BACKENDS}, **rows}.items()
         )
         notes = (f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
@@ -155,10 +159,28 @@ class Backends(dict):
     __repr__ = __str__
 
 
+def _answer(reason: str) -> str:
+    return "yes" if reason == UNTESTED else "no"
+
+
 def backends() -> Backends:
     """Which backend serves which op on this machine, and why not.
 
     Returns:
-        ``{op: {backend: None if available, else the reason}}``, printing as a table.
+        ``{op: {backend: None if available, else the reason}}``, printing as a table. What serves an op only when it is
+        asked for by name has that as its reason.
     """
-    return Backends({op: {backend: unavailable(op, backend) for backend in BACKENDS} for op in IMPLEMENTED})
+
+    def reason(op: str, backend: str) -> str | None:
+        return unavailable(op, backend) or (UNTESTED if (op, backend) in BY_NAME_ONLY else None)
+
+    return Backends({op: {backend: reason(op, backend) for backend in BACKENDS} for op in IMPLEMENTED})
+
+
+def launch(kernel: str, where: Tensor, *arguments: object) -> None:
+    """Run a native kernel on ``where``'s device: on torch's CPU threads, or on the GPU's current stream."""
+    if where.is_cuda:
+        with torch.cuda.device(where.device):
+            getattr(native.cuda, kernel)(*arguments, torch.cuda.current_stream().cuda_stream)
+    else:
+        getattr(native, kernel)(*arguments, torch.get_num_threads())

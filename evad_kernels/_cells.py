@@ -19,6 +19,7 @@ def check_tokens_and_position(op: str, tokens: Tensor, position: Tensor) -> None
     _check.tensor(op, "position", position, 2, "[B, K]")
     _check.int64(op, "position", position)
     _check.same_device(op, "position", position, "tokens", tokens)
+    _check.countable(op, "tokens", tokens.shape[1], "[B, K, C] with K")
     if position.shape[0] != tokens.shape[0] or position.shape[1] != tokens.shape[1]:
         _check.fail(op, "position", f"[B, K] = {list(tokens.shape[:2])}", list(position.shape))
 
@@ -41,12 +42,10 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def cell_map(op: str, position: Tensor, cells: int) -> Tensor:
-    """slot [B, cells] int32 by the native module; a position outside the grid raises ValueError."""
+    """slot [B, cells] int32 by the native module; a position outside raises on the CPU and is left out on a GPU."""
     B, K = position.shape
     slot = position.new_empty(B, cells, dtype=torch.int32)
-    _backend.native.cell_map(
-        op, position.data_ptr(), *position.stride(), B, K, cells, slot.data_ptr(), torch.get_num_threads()
-    )
+    _backend.launch("cell_map", position, op, position.data_ptr(), *position.stride(), B, K, cells, slot.data_ptr())
     return slot
 
 

@@ -8,6 +8,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+MAX_COUNT = 2**31 - 1  # kernels name tokens and cells by int32
+
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -51,12 +53,20 @@ def same_device(op: str, argument: str, value: Tensor, other: str, like: Tensor)
         fail(op, argument, f"on the device of {other} ({like.device})", value.device, RuntimeError)
 
 
+def countable(op: str, argument: str, size: int, meaning: str) -> None:
+    """``size`` fits int32; ``meaning`` is the layout in words, "[B, K, C] with K"."""
+    if size > MAX_COUNT:
+        fail(op, argument, f"{meaning} below 2**31", size)
+
+
 def grid(op: str, value: Sequence[int]) -> tuple[int, int, int]:
-    """``(T, Gh, Gw)``, all at least 1."""
+    """``(T, Gh, Gw)``, all at least 1, below 2**31 cells."""
     if len(value) != 3 or not all(isinstance(size, (int, torch.SymInt)) for size in value):
         fail(op, "grid", "three integers (T, Gh, Gw)", value)
     if min(value) < 1:
         fail(op, "grid", "at least 1 in every dimension", tuple(value))
+    if value[0] * value[1] * value[2] > MAX_COUNT:
+        fail(op, "grid", "of fewer than 2**31 cells", tuple(value))
     return tuple(value)
 
 

@@ -18,6 +18,7 @@ def register(
     *,
     cpu: Callable,
     fake: Callable,
+    cuda: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     differentiable: bool = True,
@@ -28,6 +29,7 @@ def register(
         schema: Name and signature in torch.library's language. Tensors that carry gradient are positional.
         cpu: The kernel for CPU tensors.
         fake: Output shapes and strides from input shapes.
+        cuda: The kernel for CUDA tensors.
         backward: ``(ctx, *grad_outputs) -> grad of every input``. None: differentiating the op raises, so a second
             backward never gives silent zeros.
         setup_context: ``(ctx, inputs, output)``, what ``backward`` needs.
@@ -36,6 +38,8 @@ def register(
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, cpu, "CPU")
+    if cuda is not None:
+        _library.impl(name, cuda, "CUDA")
     qualified = f"evad_kernels::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import _backend, _cells, _check
 from ._registration import register
 from .testing import accumulation_dtype
-from .token_selection import _select_cpu, gather_tokens_reference, select_tokens_reference
+from .token_selection import _select_native, gather_tokens_reference, select_tokens_reference
 
 
 class KeyframeAttention(NamedTuple):
@@ -242,7 +242,7 @@ def _forward_fake(query, key, value, num_keyframe, keyframe_weight, scale):
 
 def _forward_topk_cpu(query, key, value, num_keyframe, num_select, keyframe_weight, scale):
     output, importance, lse = _forward_cpu(query, key, value, num_keyframe, keyframe_weight, scale)
-    index = _select_cpu(importance, num_select)
+    index = _select_native(importance, num_select)
     B, H, N, D = query.shape
     K = num_keyframe + num_select
     rows = output.transpose(1, 2)  # [B, N, H, D], contiguous: the kept rows move to its front

@@ -52,7 +52,7 @@ def scatter_tokens_reference(
 # Registration. The private op returns [B, cells, C]; `fill` is positional: autograd refuses keyword-only tensors.
 
 
-def _forward_cpu(tokens: Tensor, position: Tensor, fill: Tensor | None, cells: int) -> Tensor:
+def _forward_native(tokens: Tensor, position: Tensor, fill: Tensor | None, cells: int) -> Tensor:
     B, _, C = tokens.shape
     dense = tokens.new_empty(B, cells, C)
     slot = _cells.cell_map("scatter_tokens", position, cells)
@@ -60,7 +60,9 @@ def _forward_cpu(tokens: Tensor, position: Tensor, fill: Tensor | None, cells: i
         return dense
     tokens = _cells.rows(tokens)
     fill = None if fill is None else fill.contiguous()
-    _backend.native.scatter_tokens_forward(
+    _backend.launch(
+        "scatter_tokens_forward",
+        tokens,
         tokens.data_ptr(),
         *tokens.stride()[:2],
         slot.data_ptr(),
@@ -71,7 +73,6 @@ def _forward_cpu(tokens: Tensor, position: Tensor, fill: Tensor | None, cells: i
         C,
         _backend.DTYPE_CODE[tokens.dtype],
         dense.data_ptr(),
-        torch.get_num_threads(),
     )
     return dense
 
@@ -80,7 +81,7 @@ def _forward_fake(tokens, position, fill, cells):
     return tokens.new_empty(tokens.shape[0], cells, tokens.shape[2])
 
 
-def _backward_cpu(grad_dense: Tensor, position: Tensor, fill_ndim: int) -> tuple[Tensor, Tensor]:
+def _backward_native(grad_dense: Tensor, position: Tensor, fill_ndim: int) -> tuple[Tensor, Tensor]:
     """grad_tokens [B, K, C] and grad_fill ([0], [C] or [cells, C] by ``fill_ndim``)."""
     B, cells, C = grad_dense.shape
     K = position.shape[1]
@@ -88,8 +89,10 @@ def _backward_cpu(grad_dense: Tensor, position: Tensor, fill_ndim: int) -> tuple
     grad_tokens = grad_dense.new_empty(B, K, C)
     grad_fill = grad_dense.new_empty(_fill_shape(fill_ndim, cells, C))
     slot = _cells.cell_map("scatter_tokens", position, cells)
-    dtype, threads = _backend.DTYPE_CODE[grad_dense.dtype], torch.get_num_threads()
-    _backend.native.scatter_tokens_backward(
+    dtype = _backend.DTYPE_CODE[grad_dense.dtype]
+    _backend.launch(
+        "scatter_tokens_backward",
+        grad_dense,
         grad_dense.data_ptr(),
         position.data_ptr(),
         *position.stride(),
@@ -100,11 +103,22 @@ def _backward_cpu(grad_dense: Tensor, position: Tensor, fill_ndim: int) -> tuple
         C,
         dtype,
         grad_tokens.data_ptr(),
-        threads,
     )
     if fill_ndim:
-        _backend.native.scatter_tokens_backward_fill(
-            grad_dense.data_ptr(), slot.data_ptr(), fill_ndim == 2, B, cells, C, dtype, grad_fill.data_ptr(), threads
+        runs = 0 if fill_ndim == 2 else _backend.native.scatter_tokens_fill_runs(B, cells)
+        partial = grad_dense.new_empty(runs, C, dtype=torch.float64)
+        _backend.launch(
+            "scatter_tokens_backward_fill",
+            grad_dense,
+            grad_dense.data_ptr(),
+            slot.data_ptr(),
+            fill_ndim == 2,
+            B,
+            cells,
+            C,
+            dtype,
+            grad_fill.data_ptr(),
+            partial.data_ptr(),
         )
     return grad_tokens, grad_fill
 
@@ -133,12 +147,14 @@ def _backward(ctx, grad_dense):
 
 _scatter_backward = register(
     "scatter_tokens_backward(Tensor grad_dense, Tensor position, int fill_ndim) -> (Tensor, Tensor)",
-    cpu=_backward_cpu,
+    cpu=_backward_native,
+    cuda=_backward_native,
     fake=_backward_fake,
 )
 _scatter = register(
     "scatter_tokens(Tensor tokens, Tensor position, Tensor? fill, SymInt cells) -> Tensor",
-    cpu=_forward_cpu,
+    cpu=_forward_native,
+    cuda=_forward_native,
     fake=_forward_fake,
     backward=_backward,
     setup_context=_setup_context,

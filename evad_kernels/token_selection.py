@@ -32,6 +32,7 @@ def select_tokens(importance: Tensor, num_select: int) -> Tensor:
     _check.tensor("select_tokens", "importance", importance, 2, "[B, M]")
     _check.floating("select_tokens", "importance", importance)
     M = importance.shape[1]
+    _check.countable("select_tokens", "importance", M, "[B, M] with M")
     _check.integer("select_tokens", "num_select", num_select, 0, M, f"[0, M = {M}]")
     if _backend.choose("select_tokens", importance) == "reference":
         return select_tokens_reference(importance, num_select)
@@ -68,6 +69,8 @@ def gather_tokens(tokens: Tensor, index: Tensor, *, num_keyframe: int = 0) -> Te
     _check.int64("gather_tokens", "index", index)
     _check.same_device("gather_tokens", "index", index, "tokens", tokens)
     B, N = tokens.shape[:2]
+    _check.countable("gather_tokens", "tokens", N, "[B, N, C] or [B, N] with N")
+    _check.countable("gather_tokens", "index", index.shape[1], "[B, num_select] with num_select")
     if index.shape[0] != B:
         _check.fail("gather_tokens", "index", f"[B, num_select] with B = {B}", list(index.shape))
     _check.integer("gather_tokens", "num_keyframe", num_keyframe, 0, N, f"[0, N = {N}]")
@@ -94,10 +97,12 @@ def gather_tokens_reference(tokens: Tensor, index: Tensor, *, num_keyframe: int 
 # Registration.
 
 
-def _select_cpu(importance: Tensor, num_select: int) -> Tensor:
+def _select_native(importance: Tensor, num_select: int) -> Tensor:
     B, M = importance.shape
     index = importance.new_empty(B, num_select, dtype=torch.int64)
-    _backend.native.select_tokens(
+    _backend.launch(
+        "select_tokens",
+        importance,
         importance.data_ptr(),
         *importance.stride(),
         B,
@@ -105,7 +110,6 @@ def _select_cpu(importance: Tensor, num_select: int) -> Tensor:
         num_select,
         _backend.DTYPE_CODE[importance.dtype],
         index.data_ptr(),
-        torch.get_num_threads(),
     )
     return index
 
@@ -116,17 +120,20 @@ def _select_fake(importance, num_select):
 
 _select = register(
     "select_tokens(Tensor importance, SymInt num_select) -> Tensor",
-    cpu=_select_cpu,
+    cpu=_select_native,
+    cuda=_select_native,
     fake=_select_fake,
     differentiable=False,
 )
 
 
-def _gather_cpu(tokens: Tensor, index: Tensor, num_keyframe: int) -> Tensor:
+def _gather_native(tokens: Tensor, index: Tensor, num_keyframe: int) -> Tensor:
     B, N, C = _shape(tokens)
     kept = _gather_fake(tokens, index, num_keyframe)
     tokens = tokens if tokens.ndim == 2 else _cells.rows(tokens)
-    _backend.native.gather_tokens_forward(
+    _backend.launch(
+        "gather_tokens_forward",
+        tokens,
         tokens.data_ptr(),
         *tokens.stride()[:2],
         index.data_ptr(),
@@ -138,7 +145,6 @@ def _gather_cpu(tokens: Tensor, index: Tensor, num_keyframe: int) -> Tensor:
         index.shape[1],
         tokens.element_size(),
         kept.data_ptr(),
-        torch.get_num_threads(),
     )
     return kept
 
@@ -151,13 +157,16 @@ def _shape(tokens):
     return (*tokens.shape, 1) if tokens.ndim == 2 else tokens.shape
 
 
-def _gather_backward_cpu(grad_kept: Tensor, index: Tensor, num_keyframe: int, N: int) -> Tensor:
+def _gather_backward_native(grad_kept: Tensor, index: Tensor, num_keyframe: int, N: int) -> Tensor:
     grad_tokens = _gather_backward_fake(grad_kept, index, num_keyframe, N)
     grad_kept = grad_kept.contiguous()
     if grad_kept.is_complex():  # a pair of channels
         grad_kept = torch.view_as_real(grad_kept).flatten(2)
     B, _, C = _shape(grad_kept)
-    _backend.native.gather_tokens_backward(
+    copies = index.new_empty(2, B, N - num_keyframe, dtype=torch.int32)
+    _backend.launch(
+        "gather_tokens_backward",
+        grad_kept,
         grad_kept.data_ptr(),
         index.data_ptr(),
         *index.stride(),
@@ -167,8 +176,8 @@ def _gather_backward_cpu(grad_kept: Tensor, index: Tensor, num_keyframe: int, N:
         num_keyframe,
         index.shape[1],
         _backend.DTYPE_CODE[grad_kept.dtype],
+        copies.data_ptr(),
         grad_tokens.data_ptr(),
-        torch.get_num_threads(),
     )
     return grad_tokens
 
@@ -189,12 +198,14 @@ def _backward(ctx, grad_kept):
 
 _gather_backward = register(
     "gather_tokens_backward(Tensor grad_kept, Tensor index, SymInt num_keyframe, SymInt N) -> Tensor",
-    cpu=_gather_backward_cpu,
+    cpu=_gather_backward_native,
+    cuda=_gather_backward_native,
     fake=_gather_backward_fake,
 )
 _gather = register(
     "gather_tokens(Tensor tokens, Tensor index, SymInt num_keyframe) -> Tensor",
-    cpu=_gather_cpu,
+    cpu=_gather_native,
+    cuda=_gather_native,
     fake=_gather_fake,
     backward=_backward,
     setup_context=_setup_context,

@@ -144,6 +144,12 @@ def test_rejects_position_outside(backend, bad):
         ({"position": torch.zeros(2, 5, dtype=torch.int32)}, TypeError, "position must be int64"),
         ({"grid": (1, 2)}, ValueError, "grid must be three integers"),
         ({"grid": (0, 2, 2)}, ValueError, "grid must be at least 1"),
+        ({"grid": (2**11, 2**10, 2**10)}, ValueError, r"grid must be of fewer than 2\*\*31 cells"),
+        (
+            {"tokens": torch.ones(1, 1, 1).expand(1, 2**31, 1)},
+            ValueError,
+            r"tokens must be \[B, K, C\] with K below 2\*\*31",
+        ),
         ({"fill": torch.ones(4)}, ValueError, "fill must be"),
         ({"fill": torch.ones(3, dtype=torch.float64)}, TypeError, "fill must be of the dtype of tokens"),
         ({"fill": torch.ones(3, device="meta")}, RuntimeError, "fill must be on the device of tokens"),
