@@ -33,7 +33,7 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; ``topk`` also drops the least important tokens, before the output projection."""
+    """Multi-head self-attention; ``prune`` also drops the least important tokens, before the output projection."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -44,26 +44,40 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self._heads(x)
+        query, key, value = self.heads(x)
         # With every token a keyframe token no importance is asked for: plain attention.
         output = evad_kernels.keyframe_attention(query, key, value, num_keyframe=x.shape[1]).output
-        return self.proj(output.transpose(1, 2).flatten(2))
+        return self.proj(merge_heads(output))
 
-    def topk(
-        self, x: Tensor, *, num_keyframe: int, num_select: int, keyframe_weight: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Kept rows [B, K, C], their index among non-keyframe tokens [B, num_select], and importance [B, M]."""
-        query, key, value = self._heads(x)
+    def prune(self, x: Tensor, *, num_keyframe: int, num_select: int, keyframe_weight: float) -> Pruned:
+        query, key, value = self.heads(x)
         output, index, importance = evad_kernels.keyframe_attention_topk(
             query, key, value, num_keyframe=num_keyframe, num_select=num_select, keyframe_weight=keyframe_weight
         )
-        return self.proj(output.transpose(1, 2).flatten(2)), index, importance
+        return Pruned(self.proj(merge_heads(output)), index, importance)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value [B, H, N, D]: views of one product."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # a key's bias changes no softmax
-        qkv = F.linear(x, self.qkv.weight, bias)  # [B, N, 3*C]
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(F.linear(x, self.qkv.weight, bias), self.num_heads)
+
+
+class Pruned(NamedTuple):
+    """Attention's result over kept tokens."""
+
+    rows: Tensor  # [B, num_keyframe + num_select, C]
+    index: Tensor  # [B, num_select], among non-keyframe tokens, ascending
+    importance: Tensor  # [B, N - num_keyframe]
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, 3*C] to query, key, value, views [B, H, N, D]."""
+    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def merge_heads(output: Tensor) -> Tensor:
+    """[B, H, N, D] to [B, N, C], a view of what keyframe_attention returns."""
+    return output.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -91,10 +105,16 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def prune(self, tokens: Tokens, num_select: int, keyframe_weight: float, token_order: str) -> Tokens:
-        """The block with ``num_select`` non-keyframe tokens left between attention and MLP."""
+
+class PruningBlock(Block):
+    """A block with keyframe-centric token pruning between attention and MLP (Fig. 3)."""
+
+    def forward(self, tokens: Tokens, num_select: int, keyframe_weight: float, token_order: str) -> Tokens:
+        """Tokens after the block: the keyframe's and the ``num_select`` most important others."""
         x, position, num_keyframe = tokens
-        rows, index, importance = self.attn.topk(
+        if num_select == x.shape[1] - num_keyframe:
+            return tokens._replace(x=super().forward(x))
+        rows, index, importance = self.attn.prune(
             self.norm1(x), num_keyframe=num_keyframe, num_select=num_select, keyframe_weight=keyframe_weight
         )
         if token_order == "importance":
@@ -109,11 +129,6 @@ class Block(nn.Module):
 def descending(importance: Tensor) -> Tensor:
     """Index [B, K] that sorts importance [B, K]: highest first, ties by index, NaN last (as select_tokens has them)."""
     return importance.nan_to_num(-math.inf, math.inf, -math.inf).argsort(dim=1, descending=True, stable=True)
-
-
-def num_select(keep_rate: float, num_tokens: int, num_keyframe: int) -> int:
-    """Non-keyframe tokens that a pruning block keeps: ceil(keep_rate * num_tokens) less the keyframe, at least 0."""
-    return max(math.ceil(keep_rate * num_tokens) - num_keyframe, 0)
 
 
 class Encoded(NamedTuple):
@@ -137,7 +152,12 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Conv3d(3, config.width, kernel_size=patch, stride=patch)
         self.position_table = PositionTable(num_frames, config.position_size, config.width)
         drop_path = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(config.width, config.num_heads, config.mlp_ratio, rate) for rate in drop_path)
+        self.blocks = nn.ModuleList(
+            (PruningBlock if number in config.pruning_blocks else Block)(
+                config.width, config.num_heads, config.mlp_ratio, rate
+            )
+            for number, rate in enumerate(drop_path)
+        )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, clips: Tensor) -> Encoded:
@@ -145,15 +165,19 @@ class Encoder(nn.Module):
         tokens, grid = self.embed(clips)
         keyframes, kept = [], []
         for number, block in enumerate(self.blocks):
-            if number in self.config.pruning_blocks and self.keep_rate < 1:
-                tokens = self.prune(block, tokens)
+            if isinstance(block, PruningBlock):
+                select = self.num_select(tokens.x.shape[1], tokens.num_keyframe)
+                tokens = block(tokens, select, self.config.keyframe_weight, self.config.token_order)
                 kept.append(tokens.position)
             else:
                 tokens = tokens._replace(x=block(tokens.x))
             if number in self.config.pyramid_blocks:
-                keyframe = tokens.x[:, : tokens.num_keyframe].transpose(1, 2)
-                keyframes.append(keyframe.unflatten(2, grid[1:]))
-        return Encoded(tokens._replace(x=self.norm(tokens.x)), grid, tuple(keyframes), tuple(kept))
+                keyframe = tokens.x[:, : tokens.num_keyframe].transpose(1, 2).unflatten(2, grid[1:])
+                # Dense: of a slice, torch.compile and the convolution disagree whether it is channels-last.
+                keyframes.append(keyframe.clone(memory_format=torch.channels_last))
+        return Encoded(
+            tokens._replace(x=self.norm(tokens.x)), grid, tuple(keyframes), tuple(kept) if self.keep_rate < 1 else ()
+        )
 
     def embed(self, clips: Tensor) -> tuple[Tokens, tuple[int, int, int]]:
         """Tokens of every tubelet, with their position codes, and the grid they come from."""
@@ -164,10 +188,6 @@ class Encoder(nn.Module):
         x, position = (keyframe_first(cells, self.config.keyframe, Gh * Gw) for cells in (x, position))
         return Tokens(x, position, Gh * Gw), (T, Gh, Gw)
 
-    def prune(self, block: Block, tokens: Tokens) -> Tokens:
-        """A pruning block; a keep rate that keeps every token makes it a plain one."""
-        num_tokens = tokens.x.shape[1]
-        select = num_select(self.keep_rate, num_tokens, tokens.num_keyframe)
-        if tokens.num_keyframe + select >= num_tokens:
-            return tokens._replace(x=block(tokens.x))
-        return block.prune(tokens, select, self.config.keyframe_weight, self.config.token_order)
+    def num_select(self, num_tokens: int, num_keyframe: int) -> int:
+        """Non-keyframe tokens that a pruning block keeps: ceil(keep_rate * N) in all, the keyframe's first."""
+        return max(math.ceil(self.keep_rate * num_tokens) - num_keyframe, 0)

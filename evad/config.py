@@ -54,7 +54,7 @@ class EVADConfig:
     box_layers: int = 3  # of the tower before the box deltas
     roi_size: int = 7  # RoI bins a side
     roi_sampling: int = 2  # samples a bin and axis
-    canonical_size: float = 224.0  # pixels; a box of this side is pooled from the third level
+    canonical_size: float = 224.0  # pixels; a box of this side is pooled from the level of stride patch_size
 
     # Action classification (section 3.3, Appendix B)
     decoder_width: int = 384

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import evad_kernels
 
+from .backbone import merge_heads, split_heads
 from .config import EVADConfig
 
 
@@ -28,9 +29,9 @@ class ProposalAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        output = evad_kernels.keyframe_attention(*heads, num_keyframe=x.shape[1]).output
-        return self.proj(output.transpose(1, 2).flatten(2))
+        query, key, value = split_heads(self.qkv(x), self.num_heads)
+        output = evad_kernels.keyframe_attention(query, key, value, num_keyframe=x.shape[1]).output
+        return self.proj(merge_heads(output))
 
 
 class DynamicInteraction(nn.Module):
@@ -126,8 +127,9 @@ class Localization(nn.Module):
         features = self.proposal_features.expand(B, -1, -1)
         person_logits, stage_boxes = [], []
         for number, stage in enumerate(self.stages, start=1):
-            features, boxes = stage(features, boxes.detach(), self.pool(levels, boxes))
+            features, boxes = stage(features, boxes, self.pool(levels, boxes))
             stage_boxes.append(boxes)
+            boxes = boxes.detach()  # each stage answers for its own correction
             if every_stage or number == len(self.stages):
                 person_logits.append(stage.person_logits(features))
         return Localized(tuple(person_logits), tuple(stage_boxes))
@@ -141,6 +143,7 @@ class Localization(nn.Module):
             output_size=self.config.roi_size,
             sampling_ratio=self.config.roi_sampling,
             canonical_size=self.config.canonical_size,
+            canonical_level=round(math.log2(self.config.strides[0])) + 2,
         )
 
 

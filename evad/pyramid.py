@@ -24,12 +24,12 @@ class Pyramid(nn.Module):
     def forward(self, keyframes: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Levels, finest first, each [B, query_width, h, w], from keyframe maps [B, C, Gh, Gw] in block order."""
         shallow, second, third, deep = keyframes
-        scaled = (upsample(shallow, 4), upsample(second, 2), third, deep[..., ::2, ::2])
+        scaled = (resize(shallow, 4), resize(second, 2), third, resize(deep, 0.5))
         merged = [lateral(x) for lateral, x in zip(self.lateral, scaled, strict=True)]
         for level in (2, 1, 0):
-            merged[level] = merged[level] + upsample(merged[level + 1], 2)
+            merged[level] = merged[level] + resize(merged[level + 1], 2)
         return tuple(output(x) for output, x in zip(self.output, merged, strict=True))
 
 
-def upsample(x: Tensor, factor: int) -> Tensor:
+def resize(x: Tensor, factor: float) -> Tensor:
     return F.interpolate(x, scale_factor=factor, mode="nearest")
