@@ -116,6 +116,8 @@ def choose(op: str, tensor: Tensor) -> str:
     """
     device = tensor.device.type
     if _requested == "auto":
+        if device == "meta":  # shapes alone: the op's fake, whatever this machine can run
+            return IMPLEMENTED[op][0]
         for backend in IMPLEMENTED[op]:
             if DEVICE[backend] == device and MISSING[backend] is None and (op, backend) not in BY_NAME_ONLY:
                 return backend
