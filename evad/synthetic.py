@@ -211,8 +211,9 @@ def _landscape(width: int, height: int, seed: int) -> list[Image.Image]:
     ):
         line = ridge(base, rise, cells)
         texture = _noise(wide, height, 40, 3, rng)[..., None]
-        inside = rows >= line[None]
-        hills[inside] = np.concatenate([blend(near, far, texture), np.full((height, wide, 1), 255)], 2)[inside]
+        cover = np.clip(rows - line + 0.5, 0, 1)[..., None]  # of each pixel: a smooth edge
+        hills[..., :3] = blend(hills[..., :3], blend(near, far, texture), np.where(hills[..., 3:] > 0, cover, 1))
+        hills[..., 3:] = np.maximum(hills[..., 3:], 255 * cover)
     layers.append(Image.fromarray(hills.astype(np.uint8)))
 
     depth = np.clip((y - 0.56) / 0.44, 0, 1)

@@ -41,9 +41,13 @@ class Frame:
     def __init__(self, time: float, frame: av.VideoFrame, matrix: np.ndarray | None):
         self.time, self._frame, self._matrix = time, frame, matrix
 
-    def rgb(self) -> np.ndarray:
-        """Pixels as they should be looked at (upright), uint8 [H, W, 3]."""
-        return _upright(self._frame.to_ndarray(format="rgb24"), self._matrix)
+    def rgb(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Pixels as they should be looked at (upright), uint8 [H, W, 3]; enlarged to ``size`` (W, H) if given."""
+        frame = self._frame
+        if size is not None:
+            width, height = reversed(size) if self._matrix is not None and _transposes(self._matrix) else size
+            frame = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
+        return _upright(frame.to_ndarray(format="rgb24"), self._matrix)
 
 
 class Video:

@@ -101,6 +101,8 @@ def test_rotation(tmp_path, degrees):
         assert video.rotation == -90 * turns % 360
         shown = next(video.frames()).rgb()
         assert np.abs(shown.astype(int) - upright).mean() < 12
+        larger = next(video.frames()).rgb((2 * video.width, 2 * video.height))
+        assert np.abs(larger[::2, ::2].astype(int) - upright).mean() < 14
 
 
 def test_mirrored():

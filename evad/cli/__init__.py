@@ -1,0 +1,90 @@
+"""The command line ``evad``: one module a command, each with ``add_parser`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+PROGRAM = "evad"
+
+DESCRIPTION = """\
+EVAD: finds people in video and tells what they do, with a transformer that drops most of its tokens on the way.
+
+  evad demo                     the whole thing on a clip it renders itself; nothing to download
+  evad detect party.mp4         boxes, labels and scores: annotated video, CSV in AVA's format, JSON
+  evad visualize party.mp4      which tokens each pruning layer keeps, as a picture
+  evad profile                  operations, parameters, tokens, time and memory of a model
+"""
+
+
+class CommandError(Exception):
+    """Something that the user can put right; the message is the one line that is printed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (try {self.prog} -h)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from . import demo, detect, profile, visualize
+
+    parser = _Parser(prog=PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for command in (demo, detect, visualize, profile):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit status: 0, 2 for input that cannot be used (one line on stderr says why), 130 after Ctrl-C.
+    """
+    try:
+        import av  # noqa: F401
+        import matplotlib  # noqa: F401
+        import PIL  # noqa: F401
+        import rich  # noqa: F401
+    except ImportError as error:
+        print(f"{PROGRAM}: {error.name} is missing: pip install 'evad-kernels[evad]'", file=sys.stderr)
+        return 2
+    args, unknown = build_parser().parse_known_args(argv)
+    command = f"{PROGRAM} {args.command}"
+    if unknown:  # parse_args would name the program without the command
+        print(f"{command}: unrecognized arguments: {' '.join(unknown)} (try {command} -h)", file=sys.stderr)
+        return 2
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our stdout has gone: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            raise
+        print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+
+
+def _explain(error: Exception) -> str | None:
+    """What to tell the user, or None for an error that is ours."""
+    import torch
+
+    from ..video import VideoError
+
+    if isinstance(error, (CommandError, VideoError)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+        return "out of memory: a smaller --size, --keep-rate or --model needs less"
+    return None

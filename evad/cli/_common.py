@@ -1,0 +1,244 @@
+"""What the commands share: the model's options, building it, labels, output folders, Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .. import ava
+from ..config import TOKEN_ORDERS, EVADConfig
+from . import CommandError
+
+if TYPE_CHECKING:
+    from ..detector import EVAD
+
+PRESETS = ("vit_b", "vit_l", "tiny")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False):
+    """An argparse type: an ``int`` or ``float`` in [low, high], or (low, high] with ``above``."""
+    bounds = f"above {low:g}" if above else f"at least {low:g}"
+    bounds += "" if high == float("inf") else f" and at most {high:g}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not (low < value if above else low <= value) or not value <= high:
+            expected = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {expected} {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, default: str = "vit_b", checkpoint: bool = True) -> None:
+    parser.set_defaults(default_model=default)
+    group = parser.add_argument_group("model")
+    own = "the --checkpoint's, where it says; else " if checkpoint else ""
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}, or the path of a released configuration (.yaml) [{own}{default}]",
+    )
+    if checkpoint:
+        group.add_argument(
+            "--checkpoint",
+            type=Path,
+            metavar="FILE",
+            help="weights: ours (.safetensors), or a released EVAD or VideoMAE file; without it they are random",
+        )
+        group.add_argument(
+            "--token-order",
+            choices=TOKEN_ORDERS,
+            help="of kept tokens: importance is what the released checkpoints were trained with "
+            "[importance with a .yaml, else position, as in the paper]",
+        )
+    group.add_argument(
+        "--keep-rate",
+        type=number(float, 0, 1, above=True),
+        metavar="R",
+        help="share of the tokens that each pruning layer keeps, above 0 to 1; 1 prunes nothing [the model's, 0.7]",
+    )
+    group.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... [cuda if there is one]")
+    group.add_argument(
+        "--dtype", choices=(*DTYPES, "auto"), default="auto", help="of weights and tokens [float32; bfloat16 on a GPU]"
+    )
+
+
+def add_size_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size",
+        type=number(int, 16, 4096),
+        metavar="PIXELS",
+        help="short side that frames are resized to before the model sees them [the model's, 224 for vit_b]",
+    )
+
+
+class Built(NamedTuple):
+    """A model ready to run."""
+
+    model: EVAD
+    name: str
+    weights: str  # "random", "partial" or the checkpoint's path
+    note: str  # what the user must know about the weights, or ""
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> EVADConfig:
+        return self.model.config
+
+    def summary(self) -> dict:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "keep_rate": self.config.keep_rate,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def build(args: argparse.Namespace) -> Built:
+    """The model that the options ask for, with its weights, in evaluation mode."""
+    from ..detector import EVAD
+
+    config, name = configuration(args)
+    device, dtype = placement(args)
+    torch.manual_seed(0)  # random weights are the same in every run
+    model = EVAD(config)
+    checkpoint = getattr(args, "checkpoint", None)
+    if checkpoint is None:
+        weights, note = "random", "random weights (no --checkpoint): boxes, labels and scores mean nothing"
+    else:
+        weights, note = _load(model, checkpoint, name)
+    return Built(model.to(device, dtype).eval(), name, weights, note, device, dtype)
+
+
+def configuration(args: argparse.Namespace) -> tuple[EVADConfig, str]:
+    """The configuration that the options ask for, and its name."""
+    from ..checkpoint import CheckpointError, read_config
+
+    checkpoint = getattr(args, "checkpoint", None)
+    if checkpoint is not None and not checkpoint.exists():
+        raise CommandError(f"--checkpoint: {checkpoint}: no such file")
+    config, name = None, args.model
+    if name is None and checkpoint is not None:
+        with contextlib.suppress(CheckpointError):  # not one of ours: it does not say what model it is
+            config, name = read_config(checkpoint), checkpoint.stem
+    if config is None and (name is None or name in PRESETS):
+        name = name or args.default_model
+        config = getattr(EVADConfig, name)()
+    elif config is None:
+        path = Path(name)
+        if not path.is_file():
+            raise CommandError(f"--model: {name!r} is neither {', '.join(PRESETS)} nor a file")
+        try:
+            config, name = EVADConfig.from_official(path), path.stem
+        except (ValueError, TypeError) as error:
+            raise CommandError(f"--model: {path} is not a configuration that can be used: {error}") from error
+    fields = {"keep_rate": args.keep_rate, "token_order": getattr(args, "token_order", None)}
+    fields = {field: value for field, value in fields.items() if value is not None}
+    return dataclasses.replace(config, **fields), name
+
+
+def placement(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device: no device is called {name!r}; use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device: must be cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device: {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    if args.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, DTYPES[args.dtype]
+
+
+def _load(model, path: Path, name: str) -> tuple[str, str]:
+    """Load a checkpoint; returns ``Built.weights`` and ``Built.note``."""
+    from ..checkpoint import CheckpointError, load_checkpoint
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the note says it
+            report = load_checkpoint(model, path)
+    except CheckpointError as error:
+        raise CommandError(f"--checkpoint (--model {name}): {error}") from error
+    if not report.missing:
+        return str(path), ""
+    total = len(report.loaded) + len(report.missing)
+    lacking = f"{path} has no weights for {len(report.missing)} of {total} tensors ({report.missing[0]}, ...)"
+    return "partial", f"{lacking}: those stay random, so boxes, labels and scores mean little"
+
+
+def read_labels(path: Path | None, num_classes: int) -> tuple[str, ...]:
+    """Names of the model's classes: the file's, else AVA's where the number fits."""
+    if path is None:
+        if num_classes == len(ava.ACTIONS):
+            return ava.ACTIONS
+        return tuple(f"class {number}" for number in range(1, num_classes + 1))
+    try:
+        labels = ava.read_labels(path)
+    except ValueError as error:
+        raise CommandError(f"--labels: {error}") from error
+    if len(labels) != num_classes:
+        raise CommandError(f"--labels: {path} has {len(labels)} labels, the model {num_classes} classes")
+    return labels
+
+
+def writable_folder(path: Path) -> Path:
+    """``path`` as a folder that exists and can be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise CommandError(f"--out: {path} is a file, not a folder") from error
+    except OSError as error:
+        raise CommandError(f"--out: {path} cannot be made: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise CommandError(f"--out: {path} is not writable")
+    return path
+
+
+def say(text: str) -> None:
+    """A line for people; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Stopper:
+    """While it is open Ctrl-C only sets ``requested``, so that files can be finished; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Stopper:
+        try:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # not the main thread: signals go elsewhere
+            self._before = None
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,136 @@
+"""``evad visualize``: which tokens each pruning layer keeps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from .. import draw
+from ..video import Video, VideoWriter, normalize, read_clip, resize
+from . import CommandError
+from ._common import (
+    Built,
+    add_model_arguments,
+    add_size_argument,
+    build,
+    number,
+    say,
+    writable_folder,
+)
+
+DESCRIPTION = """\
+Show which tokens each pruning layer keeps around one keyframe of a video (paper, Figures 4 and 11).
+
+Across: time, one column a slice of tokens, the keyframe outlined. Down: the input, then every pruning layer, with what
+it drops faded out. Written to the --out folder, for a video called party.mp4: party.pruning.png, and with --mp4
+party.pruning.mp4, the same as moving pictures.
+"""
+
+ANIMATION_FPS, ANIMATION_ROUNDS = 7.5, 3  # a clip's own pace, shown three times
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "visualize",
+        help="which tokens each pruning layer keeps",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("video", metavar="VIDEO", help="any file that FFmpeg reads")
+    parser.add_argument(
+        "--time", type=number(float, 0), metavar="SECONDS", help="of the keyframe [the middle of the video]"
+    )
+    parser.add_argument("--out", type=Path, default=Path("evad_out"), metavar="DIR", help="folder [evad_out]")
+    parser.add_argument("--mp4", action="store_true", help="write moving pictures, too")
+    parser.add_argument("--json", action="store_true", help="print the counts as JSON on stdout, and nothing else")
+    add_size_argument(parser)
+    add_model_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    with Video(args.video) as video:
+        if args.time is not None and video.duration is not None and args.time > video.duration:
+            raise CommandError(f"--time: {args.time:g} s is after the end of {video.path} ({video.duration:.2f} s)")
+        folder = writable_folder(args.out)
+        built = build(args)
+        if built.note:
+            say(f"evad visualize: {built.note}")
+        time = (video.duration or 0.0) / 2 if args.time is None else args.time
+        time, pruning = prune(built, video, time, args.size)
+        files = write(built, video, time, pruning, folder, args.mp4)
+    if args.json:
+        layers = [
+            {
+                "layer": name,
+                "tokens_kept": len(kept),
+                "of": pruning.total,
+                "per_slice": pruning.kept(index).sum((1, 2)).tolist(),
+            }
+            for index, (name, kept) in enumerate(pruning.layers)
+        ]
+        document = {
+            "weights": built.weights,
+            "model": built.summary(),
+            "time": round(time, 3),
+            "grid": list(pruning.grid),
+            "keyframe": pruning.keyframe,
+            "layers": layers,
+            "files": {name: str(path) for name, path in files.items()},
+        }
+        print(json.dumps(document, indent=2))
+    else:
+        for name, kept in pruning.layers:
+            say(f"{name}: {len(kept)} of {pruning.total} tokens kept")
+        for path in files.values():
+            print(path)
+    return 0
+
+
+@torch.inference_mode()
+def prune(built: Built, video: Video, time: float, size: int | None) -> tuple[float, draw.Pruning]:
+    """What the model keeps of the clip around ``time``; returns the keyframe's time and the result."""
+    config = built.config
+    short_side = config.short_side if size is None else size
+    clip = read_clip(
+        video,
+        time,
+        num_frames=config.num_frames,
+        stride=config.frame_stride,
+        prepare=lambda frame: resize(frame.rgb(), short_side),
+    )
+    pixels = normalize(clip.samples, config.pixel_mean, config.pixel_std).to(built.device, built.dtype)
+    output = built.model([pixels])
+    height, width = (-(-side // config.size_divisor) * config.size_divisor for side in pixels.shape[-2:])
+    grid = config.num_frames // config.tubelet_size, height // config.patch_size, width // config.patch_size
+    layers = [
+        (f"layer {block + 1}", positions[0].cpu().numpy())
+        for block, positions in zip(config.pruning_blocks, output.kept, strict=bool(output.kept))
+    ]
+    frames = [sample.permute(1, 2, 0).numpy() for sample in clip.samples]
+    times = [(i - config.num_frames // 2) * config.frame_stride / 30 for i in range(config.num_frames)]
+    return clip.time, draw.Pruning(frames, times, config.tubelet_size, config.patch_size, grid, config.keyframe, layers)
+
+
+def write(
+    built: Built, video: Video, time: float, pruning: draw.Pruning, folder: Path, animate: bool
+) -> dict[str, Path]:
+    """Draw and write the files."""
+    title = "Which tokens EVAD keeps" if pruning.layers else "EVAD at keep rate 1: every token is kept"
+    parts = [f"{video.path.name} at {time:.2f} s", f"{built.name}, keep rate {built.config.keep_rate:g}"]
+    if built.weights in ("random", "partial"):
+        parts.append(f"{built.weights} weights: this shows the mechanism, not what a trained model keeps")
+    subtitle = "  ·  ".join(parts)
+    files = {"png": folder / f"{video.path.stem}.pruning.png"}
+    draw.pruning_figure(pruning, title, subtitle).save(files["png"])
+    if animate:
+        files["mp4"] = folder / f"{video.path.stem}.pruning.mp4"
+        pictures = list(draw.pruning_animation(pruning, title, subtitle))
+        height, width = pictures[0].shape[:2]
+        with VideoWriter(files["mp4"], width, height, ANIMATION_FPS) as writer:
+            for index, picture in enumerate(pictures * ANIMATION_ROUNDS):
+                writer.write(picture, index / ANIMATION_FPS)
+    return files
