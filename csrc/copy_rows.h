@@ -12,16 +12,15 @@
 
 namespace evad {
 
-// body(b, row) for the rows of all samples, a run of them a task.
+// body(b, begin, end) for runs of the rows of all samples, a run a task.
 template <class Body>
-void for_each_row(int64_t B, int64_t rows, int64_t row_bytes, int threads, const Body& body) {
+void for_each_run(int64_t B, int64_t rows, int64_t row_bytes, int threads, const Body& body) {
   constexpr int64_t kRowsPerTask = 64;
-  constexpr int64_t kBytesPerThread = 131072;  // copied in some 10 us, twice what waking the threads costs
+  constexpr int64_t kBytesPerThread = 131072;  // copied in some 10 us: less is not worth waking the threads
   const int64_t runs = (rows + kRowsPerTask - 1) / kRowsPerTask;
   const auto run = [&](int64_t task) {
     const int64_t b = task / runs, begin = task % runs * kRowsPerTask;
-    const int64_t end = std::min(rows, begin + kRowsPerTask);
-    for (int64_t row = begin; row < end; ++row) body(b, row);
+    body(b, begin, std::min(rows, begin + kRowsPerTask));
   };
   parallel_for(B * runs, threads, run, kBytesPerThread / (kRowsPerTask * row_bytes + 1));
 }
@@ -29,14 +28,16 @@ void for_each_row(int64_t B, int64_t rows, int64_t row_bytes, int threads, const
 // out[b, row] = the source's row, [B, rows] of row_bytes, contiguous; every byte is written once.
 template <class Source>
 void copy_rows(const Source& source, int64_t B, int64_t rows, int64_t row_bytes, char* out, int threads) {
-  const auto copy = [&](auto bytes) {
-    for_each_row(B, rows, row_bytes, threads, [&](int64_t b, int64_t row) {
-      const char* const in = source(b, row);
-      char* const to = out + (b * rows + row) * row_bytes;
-      if (in)
-        std::memcpy(to, in, bytes);
-      else
-        std::memset(to, 0, bytes);
+  const auto copy = [&](auto size) {
+    for_each_run(B, rows, row_bytes, threads, [&](int64_t b, int64_t begin, int64_t end) {
+      const Source from = source;  // local: a store through char* could change what `source` refers to
+      const auto bytes = size;
+      char* to = out + (b * rows + begin) * row_bytes;
+      for (int64_t row = begin; row < end; ++row, to += bytes)
+        if (const char* const in = from(b, row))
+          std::memcpy(to, in, bytes);
+        else
+          std::memset(to, 0, bytes);
     });
   };
   switch (row_bytes) {  // of known size it is a load and a store: masks and positions

@@ -8,8 +8,8 @@ namespace evad {
 
 // body(item) for every item in [0, items), contiguous runs of items a thread. The split never changes a result: a kernel
 // that sums across items does so in an order that does not depend on the number of threads.
-// Up to `grain` items run on the calling thread: waking the others costs about 5 us. More use every thread, never some of
-// them: libgomp ends the threads that a smaller team leaves out, and starting them again costs more.
+// Up to `grain` items run on the calling thread: waking the others takes microseconds, many where cores are busy. More use
+// every thread, never some of them: libgomp ends the threads that a smaller team leaves out.
 template <class Body>
 void parallel_for(int64_t items, int threads, const Body& body, int64_t grain = 1) {
 #if defined(_OPENMP)

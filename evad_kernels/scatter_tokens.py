@@ -54,8 +54,8 @@ def scatter_tokens_reference(
 
 def _forward_native(tokens: Tensor, position: Tensor, fill: Tensor | None, cells: int) -> Tensor:
     B, _, C = tokens.shape
-    dense = tokens.new_empty(B, cells, C)
     slot = _cells.cell_map("scatter_tokens", position, cells)
+    dense = tokens.new_empty(B, cells, C)
     if dense.numel() == 0:
         return dense
     tokens = _cells.rows(tokens)
@@ -85,10 +85,10 @@ def _backward_native(grad_dense: Tensor, position: Tensor, fill_ndim: int) -> tu
     """grad_tokens [B, K, C] and grad_fill ([0], [C] or [cells, C] by ``fill_ndim``)."""
     B, cells, C = grad_dense.shape
     K = position.shape[1]
+    slot = _cells.cell_map("scatter_tokens", position, cells)
     grad_dense = grad_dense.contiguous()
     grad_tokens = grad_dense.new_empty(B, K, C)
     grad_fill = grad_dense.new_empty(_fill_shape(fill_ndim, cells, C))
-    slot = _cells.cell_map("scatter_tokens", position, cells)
     dtype = _backend.DTYPE_CODE[grad_dense.dtype]
     _backend.launch(
         "scatter_tokens_backward",

@@ -76,7 +76,8 @@ def gather_tokens(tokens: Tensor, index: Tensor, *, num_keyframe: int = 0) -> Te
     _check.integer("gather_tokens", "num_keyframe", num_keyframe, 0, N, f"[0, N = {N}]")
     if _backend.choose("gather_tokens", tokens) == "reference":
         return gather_tokens_reference(tokens, index, num_keyframe=num_keyframe)
-    return _gather(tokens, index, num_keyframe)
+    gather = _gather if tokens.is_floating_point() or tokens.is_complex() else _gather_integers
+    return gather(tokens, index, num_keyframe)
 
 
 def gather_tokens_reference(tokens: Tensor, index: Tensor, *, num_keyframe: int = 0) -> Tensor:
@@ -209,4 +210,11 @@ _gather = register(
     fake=_gather_fake,
     backward=_backward,
     setup_context=_setup_context,
+)
+_gather_integers = register(
+    "gather_tokens_integers(Tensor tokens, Tensor index, SymInt num_keyframe) -> Tensor",
+    cpu=_gather_native,
+    cuda=_gather_native,
+    fake=_gather_fake,
+    differentiable=False,
 )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,18 @@ def test_a_backend_asked_for_by_name_never_falls_back(backend):
             with pytest.raises(RuntimeError, match="scatter_tokens: backend must") as error:
                 call()
             assert expected in str(error.value)
+
+
+def test_untested_backend_is_used_by_name_only(monkeypatch):
+    monkeypatch.setitem(_backend.MISSING, "cuda", None)
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    for op, backend in _backend.BY_NAME_ONLY:
+        assert backend in _backend.IMPLEMENTED[op]
+        assert _backend.choose(op, on_gpu) != backend
+        with use_backend(backend):
+            assert _backend.choose(op, on_gpu) == backend
+        assert evad_kernels.backends()[op][backend] == _backend.UNTESTED
+    assert _backend.UNTESTED in str(evad_kernels.backends())
 
 
 def test_use_backend_nests_and_is_restored():
