@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import evad.backbone
+import evad.localization
 import evad_kernels
 from benchmarks._boxes import draw_boxes
 from benchmarks._harness import Contestants, Goal, draw
@@ -37,11 +38,14 @@ def torch_attention():
 
     kernels = SimpleNamespace(**{name: getattr(evad_kernels, name) for name in evad_kernels.__all__})
     kernels.keyframe_attention, kernels.keyframe_attention_topk = plain, topk
-    evad.backbone.evad_kernels = kernels
+    callers = (evad.backbone, evad.localization)
+    for module in callers:
+        module.evad_kernels = kernels
     try:
         yield
     finally:
-        evad.backbone.evad_kernels = evad_kernels
+        for module in callers:
+            module.evad_kernels = evad_kernels
 
 
 def build(device, preset, side, dtype):
