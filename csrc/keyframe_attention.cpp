@@ -55,6 +55,12 @@ class Workspaces {
   char* data_;
 };
 
+// No more threads than have a million multiply-adds each: starting one costs as much. Results do not depend on it.
+int useful_threads(const AttentionShape& s, int threads) {
+  const double share = static_cast<double>(s.B) * s.H * s.N * s.N * s.D / (1 << 20);
+  return share < threads ? static_cast<int>(share) + 1 : threads;
+}
+
 // body(task, workspace, first) for every task; first: this thread's first. Neighbouring tasks go to one thread.
 template <class Body>
 void for_each_task(int64_t tasks, size_t workspace_bytes, int threads, const Body& body) {
@@ -102,6 +108,7 @@ void keyframe_attention_forward(const AttentionShape& s, const HeadRows& query, 
   const int64_t M = s.N - s.num_keyframe, per_head = tasks_per_head(s.N), tasks = s.B * s.H * per_head;
   const int64_t element = element_size(s.dtype), lse_element = s.dtype == DType::float64 ? 8 : 4;
   if (tasks == 0) return;
+  threads = useful_threads(s, threads);
   const std::unique_ptr<double[]> partial(M > 0 ? new double[tasks * M] : nullptr);
   for_each_task(tasks, table.forward_workspace(s.N, s.D), threads, [&](int64_t task, char* workspace, bool first) {
     const int64_t b = task / per_head / s.H, h = task / per_head % s.H, begin = task % per_head * kRowsPerTask;
@@ -134,6 +141,7 @@ void keyframe_attention_backward(const AttentionShape& s, const HeadRows& query,
   const int64_t M = s.N - s.num_keyframe, K = s.num_keyframe + num_select;
   const int64_t element = element_size(s.dtype), sum_element = s.dtype == DType::float64 ? 8 : 4;
   if (s.B * s.H == 0) return;
+  threads = useful_threads(s, threads);
 
   // The rows that take part, and where in grad_output each one is.
   const bool all = grad_importance != nullptr && M > 0;

@@ -158,12 +158,15 @@ void pack_transposed(const T* x, int64_t stride, int64_t N, int64_t D, C* packed
     constexpr int64_t width = decltype(count)::value * kWidth<C>;
     C* to = packed + column * D;
     const int64_t filled = N - column < width ? N - column : width;
-    for (int64_t j = 0; j < width; ++j)
-      if (j < filled) {
-        const T* from = x + (column + j) * stride;
-        for (int64_t d = 0; d < D; ++d) to[d * width + j] = to_float(from[d]);
-      } else {
-        for (int64_t d = 0; d < D; ++d) to[d * width + j] = 0;
+    for (int64_t j = 0; j < width; j += kWidth<C>)
+      for (int64_t d = 0; d < D; ++d) {
+        const T* from = x + (column + j) * stride + d;
+        Vector<C> v = {};
+        if (j + kWidth<C> <= filled)
+          for (int64_t i = 0; i < kWidth<C>; ++i) v[i] = to_float(from[i * stride]);
+        else
+          for (int64_t i = 0; j + i < filled; ++i) v[i] = to_float(from[i * stride]);
+        store(to + d * width + j, v);
       }
   });
 }

@@ -108,6 +108,13 @@ def load_checkpoint(model: EVAD, path: str | Path) -> LoadReport:
     report = LoadReport(tuple(found), tuple(missing), tuple(unexpected))
     if missing or unexpected:
         warnings.warn(f"{path}: {report}", stacklevel=2)
+    released = any(key.startswith("det_head.s0_headseries.") for key in weights)
+    if released and model.config.token_order != "importance" and model.config.keep_rate < 1:
+        warnings.warn(
+            f"{path} has the released code's names, whose weights were trained with token_order='importance'; this "
+            f"model has token_order={model.config.token_order!r} and classifies from tokens in other cells",
+            stacklevel=2,
+        )
     return report
 
 

@@ -107,15 +107,14 @@ class EVAD(nn.Module):
                 alone is kept; a rate that keeps all prunes nothing. 1 turns pruning off.
         """
         self.config = dataclasses.replace(self.config, keep_rate=rate)
-        self.encoder.keep_rate = rate
+        self.encoder.keep_rate = self.config.keep_rate
 
     def batch(self, clips: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Padded clips [B, 3, T, H, W] and each clip's own width, height, width, height [B, 4]."""
-        if isinstance(clips, Tensor):
-            if clips.ndim != 5:
-                raise ValueError(f"EVAD: clips must be [B, 3, T, H, W], got {list(clips.shape)}")
-        elif not clips:
-            raise ValueError("EVAD: clips must be at least one clip, got an empty list")
+        if isinstance(clips, Tensor) and clips.ndim != 5:
+            raise ValueError(f"EVAD: clips must be [B, 3, T, H, W], got {list(clips.shape)}")
+        if len(clips) == 0:
+            raise ValueError("EVAD: clips must be at least one clip, got none")
         for clip in clips:
             self._check(clip)
         sizes = [clip.shape[-2:] for clip in clips]

@@ -70,9 +70,10 @@ def grid(op: str, value: Sequence[int]) -> tuple[int, int, int]:
     return tuple(value)
 
 
-def integer(op: str, argument: str, value: int, low: int, high: int, meaning: str) -> None:
-    """``low <= value <= high``; ``meaning`` is the range in words, "[0, M = 12]"."""
+def integer(op: str, argument: str, value: int, high: int, name: str) -> None:
+    """``value`` is an integer in [0, high]; ``name`` says what ``high`` is, "M"."""
+    # The range is put in words only on failure: formatting a symbolic size would fix it under torch.compile.
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        fail(op, argument, f"an integer in {meaning}", type(value).__name__, TypeError)
-    if not low <= value <= high:
-        fail(op, argument, f"in {meaning}", value)
+        fail(op, argument, f"an integer in [0, {name} = {high}]", type(value).__name__, TypeError)
+    if not 0 <= value <= high:
+        fail(op, argument, f"in [0, {name} = {high}]", value)

@@ -104,7 +104,7 @@ def keyframe_attention_topk(
     op = "keyframe_attention_topk"
     scale = _checked(op, query, key, value, num_keyframe, keyframe_weight, scale)
     M = query.shape[2] - num_keyframe
-    _check.integer(op, "num_select", num_select, 0, M, f"[0, N - num_keyframe = {M}]")
+    _check.integer(op, "num_select", num_select, M, "N - num_keyframe")
     if _backend.choose(op, query) == "reference":
         return keyframe_attention_topk_reference(
             query,
@@ -178,12 +178,12 @@ def _checked(op, query, key, value, num_keyframe, keyframe_weight, scale) -> flo
         if tensor.shape != query.shape:
             _check.fail(op, name, f"[B, H, N, D] = {list(query.shape)}", list(tensor.shape))
     N, D = query.shape[2:]
-    _check.integer(op, "num_keyframe", num_keyframe, 0, N, f"[0, N = {N}]")
-    if not (keyframe_weight >= 0 and math.isfinite(keyframe_weight)):
+    _check.integer(op, "num_keyframe", num_keyframe, N, "N")
+    if not 0 <= keyframe_weight < math.inf:
         _check.fail(op, "keyframe_weight", "finite and at least 0", keyframe_weight)
     if scale is None:
         return _default_scale(D)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         _check.fail(op, "scale", "finite", scale)
     return scale
 

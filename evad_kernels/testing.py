@@ -68,7 +68,7 @@ def gradients(function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequen
         torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype) for o in differentiable
     ]
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-    return outputs, torch.autograd.grad(differentiable, wanted, grad_outputs)
+    return outputs, torch.autograd.grad(differentiable, wanted, grad_outputs, materialize_grads=True)
 
 
 def layouts(tensor: Tensor) -> Iterable[tuple[str, Tensor]]:

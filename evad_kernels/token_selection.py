@@ -33,7 +33,7 @@ def select_tokens(importance: Tensor, num_select: int) -> Tensor:
     _check.floating("select_tokens", "importance", importance)
     M = importance.shape[1]
     _check.countable("select_tokens", "importance", M, "[B, M] with M")
-    _check.integer("select_tokens", "num_select", num_select, 0, M, f"[0, M = {M}]")
+    _check.integer("select_tokens", "num_select", num_select, M, "M")
     if _backend.choose("select_tokens", importance) == "reference":
         return select_tokens_reference(importance, num_select)
     return _select(importance, num_select)
@@ -73,7 +73,7 @@ def gather_tokens(tokens: Tensor, index: Tensor, *, num_keyframe: int = 0) -> Te
     _check.countable("gather_tokens", "index", index.shape[1], "[B, num_select] with num_select")
     if index.shape[0] != B:
         _check.fail("gather_tokens", "index", f"[B, num_select] with B = {B}", list(index.shape))
-    _check.integer("gather_tokens", "num_keyframe", num_keyframe, 0, N, f"[0, N = {N}]")
+    _check.integer("gather_tokens", "num_keyframe", num_keyframe, N, "N")
     if _backend.choose("gather_tokens", tokens) == "reference":
         return gather_tokens_reference(tokens, index, num_keyframe=num_keyframe)
     gather = _gather if tokens.is_floating_point() or tokens.is_complex() else _gather_integers

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_own_state_dict(tmp_path):
 
 @pytest.mark.parametrize("name", ["model", "module", "model_state"])
 def test_released_checkpoint(tmp_path, name):
-    source, target = model(1), model(2)
+    config = dataclasses.replace(CONFIG, token_order="importance")
+    source, target = model(1), model(2, config)
     state = {**released_state(source), "criterion.empty_weight": torch.tensor([1.0, 0.1])}
     content = {"epoch": 3, name: state, "optimizer_state": {"state": {}}, "cfg": "ViT:\n", "amp": None}
     torch.save(content, tmp_path / "evad.pyth")
@@ -129,6 +131,16 @@ def test_released_checkpoint(tmp_path, name):
     torch.save(content, tmp_path / "evad.pyth")
     with pytest.warns(UserWarning, match=r"1 not in the model: criterion\.empty_weight"):
         assert load_checkpoint(target, tmp_path / "evad.pyth").unexpected == ("criterion.empty_weight",)
+
+
+def test_released_checkpoint_warns_of_another_token_order(tmp_path):
+    torch.save({"model_state": released_state(model())}, tmp_path / "evad.pyth")
+    with pytest.warns(UserWarning, match="trained with token_order='importance'"):
+        load_checkpoint(model(), tmp_path / "evad.pyth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(model(config=dataclasses.replace(CONFIG, token_order="importance")), tmp_path / "evad.pyth")
+        load_checkpoint(model(config=dataclasses.replace(CONFIG, keep_rate=1.0)), tmp_path / "evad.pyth")
 
 
 @pytest.mark.parametrize("prefix", ["encoder.", "backbone."])

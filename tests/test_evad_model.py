@@ -385,6 +385,7 @@ def test_mixed_sizes():
     ("clips", "error", "message"),
     [
         ([], ValueError, "at least one clip"),
+        (torch.zeros(0, 3, 8, 96, 96), ValueError, "at least one clip"),
         (torch.zeros(3, 8, 96, 96), ValueError, r"clips must be \[B, 3, T, H, W\]"),
         ([torch.zeros(1, 8, 96, 96)], ValueError, r"a clip must be \[3, T, H, W\]"),
         ([torch.zeros(3, 8, 0, 96)], ValueError, r"a clip must be \[3, T, H, W\]"),

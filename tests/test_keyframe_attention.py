@@ -1,8 +1,27 @@
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from evad_kernels import _backend, keyframe_attention, keyframe_attention_topk, use_backend
-from evad_kernels.testing import DTYPES, assert_accurate, gradients
+from evad_kernels import (
+    _backend,
+    gather_tokens,
+    keyframe_attention,
+    keyframe_attention_topk,
+    select_tokens,
+    use_backend,
+)
+from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
+
+GOLDEN = Path(__file__).parent / "golden" / "op_ktp_attention.npz"
 
 # name: (B, H, N, D, num_keyframe, num_select, keyframe_weight)
 CASES = {
@@ -10,60 +29,491 @@ CASES = {
     "one token": (1, 1, 1, 8, 0, 1, 1.0),
     "no keyframe": (1, 2, 111, 4, 0, 50, 1.0),
     "all keyframe": (2, 1, 200, 80, 200, 0, 2.0),
+    "all selected": (1, 2, 65, 24, 16, 49, 0.0),
     "more than a task": (1, 2, 301, 64, 49, 150, 4.0),
+    "1000": (1, 1, 1000, 40, 125, 575, 1.0),
+    "paper 224": (1, 2, 1568, 64, 196, 902, 4.0),
 }
+GRADIENT_CASES = [case for case in CASES if case not in ("1000", "paper 224")]
 ISAS = ("baseline", "avx2", "avx512", "amx")
+# AMX multiplies bfloat16 only; other dtypes take the AVX-512 kernels there.
+ISA_DTYPES = [(isa, dtype) for isa in ISAS for dtype in DTYPES if isa != "amx" or dtype == torch.bfloat16]
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture
 def isa(request):
-    """Runs a test once an instruction set that this machine has."""
+    """Caps the instruction set of the CPU kernels for one test."""
     native = _backend.native
     if native is None or ISAS.index(request.param) > ISAS.index(native.detected_isa()):
         pytest.skip(f"this machine or build has no {request.param}")
     before = native.cpu_isa()
     native.set_isa_cap(request.param)
-    yield request.param
+    with use_backend("cpu"):
+        yield request.param
     native.set_isa_cap(before)
 
 
-def make(case, dtype=torch.float32, seed=0):
-    """query, key and value, views of one [B, N, 3, H, D] tensor, and the op's keywords."""
+every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
+every_isa_and_dtype = pytest.mark.parametrize(
+    ("isa", "dtype"),
+    ISA_DTYPES,
+    ids=[f"{isa}-{str(dtype).removeprefix('torch.')}" for isa, dtype in ISA_DTYPES],
+    indirect=["isa"],
+)
+
+
+def make(case, dtype=torch.float32, seed=0, spread=1.0):
+    """(query, key, value), views of one [B, N, 3, H, D] tensor, and the keywords of each op."""
     B, H, N, D, num_keyframe, num_select, keyframe_weight = CASES[case]
     generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(B, N, 3, H, D, generator=generator, dtype=torch.float64).to(dtype)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    qkv = torch.randn(B, N, 3, H, D, generator=generator, dtype=torch.float64)
+    qkv[:, :, 0] *= spread
     keywords = {"num_keyframe": num_keyframe, "keyframe_weight": keyframe_weight}
-    return (query, key, value), keywords, num_select
+    return qkv.to(dtype).permute(2, 0, 3, 1, 4), keywords, {**keywords, "num_select": num_select}
+
+
+def expected(query, key, value, num_keyframe, keyframe_weight, scale):
+    """Eq. 1 query by query in NumPy, float64: output and importance."""
+    query, key, value = (x.double().numpy() for x in (query, key, value))
+    B, H, N, D = query.shape
+    output, importance = np.zeros((B, H, N, D)), np.zeros((B, N - num_keyframe))
+    for b, h, i in np.ndindex(B, H, N):
+        received = np.exp(scale * key[b, h] @ query[b, h, i])
+        received /= received.sum()
+        output[b, h, i] = received @ value[b, h]
+        importance[b] += (keyframe_weight if i < num_keyframe else 1) * received[num_keyframe:] / H / N
+    return torch.from_numpy(output), torch.from_numpy(importance)
+
+
+@pytest.mark.parametrize("case", ["odd", "one token", "no keyframe", "all keyframe"])
+def test_matches_paper(backend, case):
+    inputs, keywords, _ = make(case, torch.float64)
+    for scale in (None, 0.3, -0.2):
+        output, importance = expected(*inputs, **keywords, scale=inputs.shape[-1] ** -0.5 if scale is None else scale)
+        got = keyframe_attention(*inputs, **keywords, scale=scale)
+        torch.testing.assert_close(got.output, output, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got.importance, importance, rtol=1e-12, atol=1e-12)
+
+
+@functools.cache
+def by_reference(case, dtype, spread=1.0):
+    """Reference results in ``dtype`` and in float64 on the same rounded inputs."""
+    inputs, keywords, _ = make(case, dtype, spread=spread)
+    with use_backend("reference"):
+        return keyframe_attention(*inputs, **keywords), keyframe_attention(*inputs.double(), **keywords)
+
+
+@pytest.mark.parametrize(("case", "spread"), [*((case, 1.0) for case in CASES), ("odd", 16.0), ("1000", 16.0)])
+@every_isa_and_dtype
+def test_matches_reference(isa, case, dtype, spread):
+    inputs, keywords, _ = make(case, dtype, spread=spread)
+    got = keyframe_attention(*inputs, **keywords)
+    for label, *three in zip(("output", "importance"), got, *by_reference(case, dtype, spread), strict=True):
+        assert_accurate(*three, label=label)
+
+
+RUNS = {
+    "output": lambda *qkv, num_select, **keywords: keyframe_attention(*qkv, **keywords).output,
+    "importance": lambda *qkv, num_select, **keywords: keyframe_attention(*qkv, **keywords).importance,
+    "both": lambda *qkv, num_select, **keywords: keyframe_attention(*qkv, **keywords),
+    "topk output": lambda *qkv, **keywords: keyframe_attention_topk(*qkv, **keywords).output,
+    "topk importance": lambda *qkv, **keywords: keyframe_attention_topk(*qkv, **keywords).importance,
+    "topk both": lambda *qkv, **keywords: keyframe_attention_topk(*qkv, **keywords)[::2],
+}
+
+
+def gradients_of(run, case, dtype, compute=None):
+    inputs, _, keywords = make(case, dtype)
+    return gradients(lambda *qkv: RUNS[run](*qkv, **keywords), inputs.to(compute or dtype))[1]
+
+
+@functools.cache
+def gradients_by_reference(run, case, dtype):
+    with use_backend("reference"):
+        return gradients_of(run, case, dtype), gradients_of(run, case, dtype, torch.float64)
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+@every_isa_and_dtype
+def test_gradient(isa, case, dtype):
+    for run in RUNS:
+        grads = gradients_of(run, case, dtype)
+        labels = (f"{run}: grad_{name}" for name in ("query", "key", "value"))
+        for label, *three in zip(labels, grads, *gradients_by_reference(run, case, dtype), strict=True):
+            assert_accurate(*three, label=label)
+
+
+def test_gradient_is_the_slope(backend):
+    inputs, _, keywords = make("odd", torch.float64)
+    leaves = [x[:1, :2, :7, :5].clone().requires_grad_() for x in inputs]
+    keywords |= {"num_keyframe": 2, "num_select": 3}
+    for run in ("both", "topk both"):
+        assert torch.autograd.gradcheck(lambda *qkv, run=run: RUNS[run](*qkv, **keywords), leaves, eps=1e-6, atol=1e-8)
+
+
+def test_dropped_rows_have_no_query_gradient(backend):
+    inputs, _, keywords = make("odd")
+    query, key, value = (x.clone().requires_grad_() for x in inputs)
+    output, index, _ = keyframe_attention_topk(query, key, value, **keywords)
+    (grad,) = torch.autograd.grad(output.square().sum(), query)
+    kept = torch.zeros(query.shape[0], query.shape[2], dtype=torch.bool)
+    kept[:, : keywords["num_keyframe"]] = True
+    kept.scatter_(1, keywords["num_keyframe"] + index, True)
+    assert torch.equal((grad != 0).any(dim=3).all(dim=1), kept)
+    assert torch.equal((grad == 0).all(dim=3).all(dim=1), ~kept)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_gradient(isa, case, dtype):
-    inputs, keywords, num_select = make(case, dtype)
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_topk_is_the_three_ops_in_sequence(backend, case, dtype):
+    inputs, keywords, topk_keywords = make(case, dtype)
+    output, importance = keyframe_attention(*inputs, **keywords)
+    index = select_tokens(importance, topk_keywords["num_select"])
+    rows = output.transpose(1, 2).flatten(2)
+    kept = gather_tokens(rows, index, num_keyframe=keywords["num_keyframe"])
+    got = keyframe_attention_topk(*inputs, **topk_keywords)
+    assert torch.equal(got.importance, importance)
+    assert torch.equal(got.index, index)
+    assert torch.equal(got.output.transpose(1, 2).flatten(2), kept)
 
-    def everything(*qkv):
+
+@pytest.mark.parametrize("spread", [1.0, 0.01], ids=["", "flat"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_selection_is_exact(dtype, spread):
+    """No token is kept in the place of one that float64 finds more important by 1e-6 or more."""
+    generator = torch.Generator().manual_seed(7)
+    query, key, value = torch.randn(3, 1, 12, 1568, 64, generator=generator).to(dtype)
+    query = (query * spread).to(dtype)
+    keywords = {"num_keyframe": 196, "keyframe_weight": 4.0}
+    with use_backend("reference"):
+        truth = torch.cat(  # head by head: the map in float64 is 20 MB each
+            [
+                keyframe_attention(*(x[:, h : h + 1].double() for x in (query, key, value)), **keywords)[1]
+                for h in range(12)
+            ]
+        ).mean(dim=0)
+    native = _backend.native
+    if native is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    before = native.cpu_isa()
+    try:
+        for isa in ISAS[: ISAS.index(native.detected_isa()) + 1]:
+            native.set_isa_cap(isa)
+            index = keyframe_attention_topk(query, key, value, num_select=902, **keywords).index[0]
+            kept = torch.zeros(truth.shape[0], dtype=torch.bool)
+            kept[index] = True
+            lowest_kept, highest_dropped = truth[kept].min(), truth[~kept].max()
+            assert highest_dropped <= lowest_kept * (1 + 1e-6), isa
+    finally:
+        native.set_isa_cap(before)
+
+
+@pytest.mark.parametrize("case", range(9))
+def test_golden(backend, case):
+    with np.load(GOLDEN) as file:
+        facts = json.loads(str(file["cases_json"]))[case]
+        query, key, value, heads_out = (
+            torch.from_numpy(file[f"case{case}/{name}"]) for name in ("q", "k", "v", "heads_out")
+        )
+        returned = torch.from_numpy(file[f"case{case}/returned_idx"])
+        importance = file.get(f"case{case}/importance_nonkey")
+    keywords = {"num_keyframe": facts["N1"], "keyframe_weight": facts["w"], "scale": facts["scale"]}
+    got = keyframe_attention_topk(query, key, value, num_select=facts["num_keep"] - facts["N1"], **keywords)
+    torch.testing.assert_close(
+        keyframe_attention(query, key, value, **keywords).output, heads_out, rtol=1e-5, atol=1e-5
+    )
+    if importance is not None:
+        torch.testing.assert_close(got.importance, torch.from_numpy(importance), rtol=1e-5, atol=1e-8)
+    if facts["pruned"]:
+        assert torch.equal(got.index, returned.sort(dim=1).values)
+    else:
+        assert torch.equal(got.index, torch.arange(facts["N"] - facts["N1"]).expand_as(got.index))
+
+
+@every_isa
+def test_strides(isa):
+    inputs, _, keywords = make("odd")
+    want = keyframe_attention_topk(*(x.contiguous() for x in inputs), **keywords)
+    for which in range(3):
+        for name, strided in layouts(inputs[which]):
+            changed = [strided if i == which else x for i, x in enumerate(inputs)]
+            for got, wanted in zip(keyframe_attention_topk(*changed, **keywords), want, strict=True):
+                assert torch.equal(got, wanted), name
+    one_head = inputs[1][:, :1].expand_as(inputs[1])
+    assert torch.equal(
+        keyframe_attention_topk(inputs[0], one_head, inputs[2], **keywords).output,
+        keyframe_attention_topk(inputs[0], one_head.contiguous(), inputs[2], **keywords).output,
+    )
+
+
+def test_gradient_of_strided_output(backend):
+    inputs, _, keywords = make("odd")
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    output, _, importance = keyframe_attention_topk(*leaves, **keywords)
+    grad_output, grad_importance = torch.randn_like(output), torch.randn_like(importance)
+    want = torch.autograd.grad([output, importance], leaves, [grad_output, grad_importance], retain_graph=True)
+    for (name, a), (_, b) in zip(layouts(grad_output), layouts(grad_importance), strict=True):
+        for got, wanted in zip(
+            torch.autograd.grad([output, importance], leaves, [a, b], retain_graph=True), want, strict=True
+        ):
+            assert torch.equal(got, wanted), name
+
+
+def test_output_memory_is_rows_first():
+    inputs, keywords, topk_keywords = make("odd")
+    assert keyframe_attention(*inputs, **keywords).output.transpose(1, 2).is_contiguous()
+    assert keyframe_attention_topk(*inputs, **topk_keywords).output.transpose(1, 2).is_contiguous()
+
+
+@every_isa
+def test_bitwise_the_same_for_any_number_of_threads(isa):
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for number in (1, 2, 2, 3, 7):
+            torch.set_num_threads(number)
+            for dtype in (torch.float32, torch.bfloat16):
+                inputs, _, keywords = make("more than a task", dtype)
+                outputs, grads = gradients(lambda *qkv: keyframe_attention_topk(*qkv, **keywords), inputs)  # noqa: B023
+                runs.append((*outputs, *grads))
+    finally:
+        torch.set_num_threads(threads)
+    for run in range(2, len(runs)):
+        assert all(torch.equal(a, b) for a, b in zip(runs[run], runs[run % 2], strict=True))
+
+
+MEMORY = """
+import sys, torch
+from evad_kernels import keyframe_attention_topk
+def status(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) * 1024
+torch.set_num_threads(2)
+dtype = getattr(torch, sys.argv[1])
+query, key, value = torch.randn(1, 1568, 3, 12, 64).to(dtype).permute(2, 0, 3, 1, 4)
+keyframe_attention_topk(query[:, :, :320], key[:, :, :320], value[:, :, :320], num_keyframe=40, num_select=184)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+results = keyframe_attention_topk(query, key, value, num_keyframe=196, num_select=902)
+print(status("VmHWM") - before - sum(x.untyped_storage().nbytes() for x in results))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc to read a peak of memory")
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_peak_memory(dtype, size):
+    if _backend.native is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    run = subprocess.run([sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True, check=True)
+    assert int(run.stdout) <= 0.05 * size * 12 * 1568**2
+
+
+def test_registration():
+    inputs, keywords, topk_keywords = make("odd")
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    num_keyframe, num_select = keywords["num_keyframe"], topk_keywords["num_select"]
+    ops = torch.ops.evad_kernels
+    assert_registered(ops.keyframe_attention.default, *inputs, num_keyframe, 2.0, 0.25)
+    assert_registered(ops.keyframe_attention_topk.default, *inputs, num_keyframe, num_select, 2.0, 0.25)
+    query, key, value = (x.detach() for x in inputs)
+    output, importance, lse, index = ops.keyframe_attention_topk(query, key, value, num_keyframe, num_select, 2.0, 0.25)
+    for grads in ((output, importance), (output, None), (None, importance)):
+        assert_registered(
+            ops.keyframe_attention_backward.default, query, key, value, *grads, lse, index, num_keyframe, 2.0, 0.25
+        )
+
+
+def test_compiles_without_graph_break(backend):
+    graphs = []
+
+    def count(module, _):
+        graphs.append(module)
+        return module.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=count)
+    def step(query, key, value, num_select):
+        output, _, importance = keyframe_attention_topk(
+            query, key, value, num_keyframe=10, num_select=num_select, keyframe_weight=2.0
+        )
+        plain = keyframe_attention(query, key, value, num_keyframe=query.shape[2]).output
+        return output.sum() + importance.square().sum() + plain.square().mean()
+
+    for N, num_select in ((63, 20), (111, 50), (40, 7)):
+        inputs = [torch.randn(2, 3, N, 16, requires_grad=True) for _ in range(3)]
+        loss = step(*inputs, num_select)
+        grads = torch.autograd.grad(loss, inputs)
+        eager = step._torchdynamo_orig_callable(*inputs, num_select)
+        torch.testing.assert_close(loss, eager)
+        torch.testing.assert_close(grads, torch.autograd.grad(eager, inputs))
+    assert len(graphs) == 1, "one graph serves every length"
+
+
+def test_compiles_with_inductor(backend):
+    inputs, _, keywords = make("odd")
+    leaves = [x.clone().requires_grad_() for x in inputs]
+
+    def step(query, key, value):
+        output, index, importance = keyframe_attention_topk(query, key, value, **keywords)
+        return (output.transpose(1, 2).flatten(2) * 2).sum() + importance.square().sum(), index
+
+    loss, index = torch.compile(step, fullgraph=True)(*leaves)
+    eager_loss, eager_index = step(*leaves)
+    torch.testing.assert_close(loss, eager_loss)
+    assert torch.equal(index, eager_index)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(eager_loss, leaves))
+
+
+def test_second_backward_raises():
+    inputs, keywords, topk_keywords = make("odd")
+    query = inputs[0].clone().requires_grad_()
+    with use_backend("cpu"):
+        for output in (
+            keyframe_attention(query, *inputs[1:], **keywords).output,
+            keyframe_attention_topk(query, *inputs[1:], **topk_keywords).output,
+        ):
+            (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+            with pytest.raises(RuntimeError, match="once differentiable"):
+                torch.autograd.grad(grad.sum(), query)
+
+
+def test_autocast_changes_nothing(backend):
+    inputs, _, keywords = make("odd")
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    want = keyframe_attention_topk(*leaves, **keywords)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = keyframe_attention_topk(*leaves, **keywords)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+def test_inference_mode(backend):
+    inputs, _, keywords = make("odd")
+    want = keyframe_attention_topk(*inputs, **keywords)
+    with torch.inference_mode():
+        got = keyframe_attention_topk(*(x.clone() for x in inputs), **keywords)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0)], ids=["B", "H", "N", "D"])
+def test_edges(backend, shape):
+    B, H, N, D = shape
+    num_keyframe, num_select = min(2, N), min(1, N)
+    inputs = [torch.ones(shape, requires_grad=True) for _ in range(3)]
+    attention = keyframe_attention(*inputs, num_keyframe=num_keyframe)
+    assert attention.output.shape == shape
+    assert attention.importance.shape == (B, N - num_keyframe)
+    topk = keyframe_attention_topk(*inputs, num_keyframe=num_keyframe, num_select=num_select)
+    assert topk.output.shape == (B, H, num_keyframe + num_select, D)
+    assert topk.index.shape == (B, num_select)
+    if H == 0:
+        assert (attention.importance == 0).all()
+    if D == 0:
+        torch.testing.assert_close(attention.importance, torch.full((B, N - num_keyframe), 1 / N))
+    for output in (attention.output, attention.importance, topk.output, topk.importance):
+        for grad in torch.autograd.grad(output.sum(), inputs, retain_graph=True, materialize_grads=True):
+            assert grad.shape == shape
+            assert (grad == 0).all()
+
+
+def test_no_row_is_kept(backend):
+    inputs = [torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3)]
+    output, index, importance = keyframe_attention_topk(*inputs, num_keyframe=0, num_select=0)
+    assert output.shape == (2, 3, 0, 4) and index.shape == (2, 0) and importance.shape == (2, 5)
+    assert all((grad == 0).all() for grad in torch.autograd.grad(output.sum(), inputs))
+
+
+@every_isa
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
+def test_nan_and_infinity_spread_as_in_torch(isa, which, bad):
+    inputs, _, _ = make("odd")
+    inputs = [x.clone() for x in inputs]
+    inputs[which][0, 1, 5, 3] = bad
+    keywords = {"num_keyframe": 10}
+    got = keyframe_attention(*inputs, **keywords)
+    with use_backend("reference"):
+        want = keyframe_attention(*inputs, **keywords)
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_row_of_minus_infinity_is_nan(backend):
+    query, key, value = torch.ones(1, 1, 3, 1), torch.full((1, 1, 3, 1), -torch.inf), torch.ones(1, 1, 3, 1)
+    assert keyframe_attention(query, key, value, num_keyframe=3).output.isnan().all()
+
+
+def test_isa_cap_from_the_environment():
+    if _backend.native is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    program = "from evad_kernels import _backend; print(_backend.native.cpu_isa())"
+    for name, want in (("baseline", "baseline"), ("", _backend.native.detected_isa()), ("sse9", "must be baseline")):
+        environment = {**os.environ, "EVAD_KERNELS_CPU_ISA": name}
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert want in (run.stdout if run.returncode == 0 else run.stderr)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.ones(2, 5, 4)}, ValueError, r"query must be \[B, H, N, D\]"),
+        ({"query": "x"}, TypeError, "query must be a tensor"),
+        ({"query": torch.ones(2, 3, 5, 4, dtype=torch.int64)}, TypeError, "query must be float32"),
+        ({"key": torch.ones(2, 3, 6, 4)}, ValueError, "key must be"),
+        ({"key": torch.ones(2, 3, 5, 4, dtype=torch.float64)}, TypeError, "key must be of the dtype of query"),
+        ({"value": torch.ones(2, 3, 5, 8)}, ValueError, "value must be"),
+        ({"value": torch.ones(2, 3, 5, 4, device="meta")}, RuntimeError, "value must be on the device of query"),
+        ({"num_keyframe": -1}, ValueError, "num_keyframe must be in"),
+        ({"num_keyframe": 6}, ValueError, "num_keyframe must be in"),
+        ({"num_keyframe": 1.5}, TypeError, "num_keyframe must be an integer"),
+        ({"num_select": -1}, ValueError, "num_select must be in"),
+        ({"num_select": 4}, ValueError, "num_select must be in"),
+        ({"keyframe_weight": -0.5}, ValueError, "keyframe_weight must be finite and at least 0"),
+        ({"keyframe_weight": float("nan")}, ValueError, "keyframe_weight must be finite"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite"),
+    ],
+)
+def test_rejects_bad_input(backend, change, error, message):
+    arguments = {name: torch.ones(2, 3, 5, 4) for name in ("query", "key", "value")}
+    arguments |= {"num_keyframe": 2, "num_select": 1, **change}
+    with pytest.raises(error, match=f"keyframe_attention_topk: {message}"):
+        keyframe_attention_topk(**arguments)
+    if "num_select" not in change:
+        del arguments["num_select"]
+        with pytest.raises(error, match=f"keyframe_attention: {message}"):
+            keyframe_attention(**arguments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    B, H, N, D = (data.draw(st.integers(low, high)) for low, high in ((0, 2), (0, 3), (0, 60), (0, 70)))
+    num_keyframe = data.draw(st.integers(0, N))
+    num_select = data.draw(st.integers(0, N - num_keyframe))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    inputs = []
+    for _ in range(3):
+        order = data.draw(st.permutations(range(4)))
+        sizes = [(B, H, N, D)[i] for i in order]
+        memory = torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+        tensor = memory.permute([order.index(i) for i in range(4)])
+        if tensor.numel() and data.draw(st.booleans()):
+            value = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 0.0, 1e4]))
+            tensor[tuple(data.draw(st.integers(0, size - 1)) for size in tensor.shape)] = value
+        inputs.append(tensor)
+    keywords = {"num_keyframe": num_keyframe, "keyframe_weight": data.draw(st.sampled_from([0.0, 1.0, 4.0]))}
+
+    def run(*qkv):
         return keyframe_attention(*qkv, **keywords)
 
-    def output_only(*qkv):
-        return keyframe_attention(*qkv, **keywords).output
-
-    def topk(*qkv):
-        return keyframe_attention_topk(*qkv, num_select=num_select, **keywords)
-
-    def topk_output_only(*qkv):
-        return keyframe_attention_topk(*qkv, num_select=num_select, **keywords).output
-
-    for run in (everything, output_only, topk, topk_output_only):
-        outputs, grads = gradients(run, inputs)
-        with use_backend("reference"):
-            reference_outputs, reference_grads = gradients(run, inputs)
-            true_outputs, true_grads = gradients(run, [x.double() for x in inputs])
-        for i, three in enumerate(zip(outputs, reference_outputs, true_outputs, strict=True)):
-            if three[0].dtype == torch.int64:
-                assert torch.equal(three[0], three[2])
-            else:
-                assert_accurate(*three, label=f"{run.__name__} output {i}")
+    outputs, grads = gradients(run, inputs)
+    with use_backend("reference"):
+        reference_outputs, reference_grads = gradients(run, inputs)
+        true_outputs, true_grads = gradients(run, [x.double() for x in inputs])
+    labels = ("output", "importance")
+    for label, *three in zip(labels, outputs, reference_outputs, true_outputs, strict=True):
+        assert_accurate(*three, label=label)
+    if all(x.isfinite().all() for x in inputs):
         labels = ("grad_query", "grad_key", "grad_value")
         for label, *three in zip(labels, grads, reference_grads, true_grads, strict=True):
-            assert_accurate(*three, label=f"{run.__name__} {label}")
+            assert_accurate(*three, label=label)
+    topk = keyframe_attention_topk(*inputs, num_select=num_select, **keywords)
+    assert torch.equal(topk.index, select_tokens(outputs[1].detach(), num_select))
