@@ -170,7 +170,7 @@ class EVADConfig:
 
     @classmethod
     def tiny(cls, keep_rate: float = 0.7, **fields) -> EVADConfig:
-        """A whole EVAD of 1.7 M parameters for 96 x 96 clips, small enough to train on two CPU cores.
+        """A whole EVAD of 1.8 M parameters for 96 x 96 clips, small enough to train on two CPU cores.
 
         A token is 4 frames of 12 x 12 pixels (256 tokens a clip), long enough for the keyframe to see motion. The
         pyramid's canonical size is 48 pixels, so that actors of 32 to 46 pixels and the whole frame use different
@@ -301,11 +301,15 @@ _FIXED = {
     "MODEL.SparseRCNN.WORKAROUND": False,
     "MODEL.SparseRCNN.NUM_EVAL_ACT_CLASSES": 0,
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2",
+    "DETECTION.ENABLE": True,
+    "DETECTION.ALIGNED": True,
 }
 
-# Names without effect on what the model computes: the first is a choice of memory, the next three belong to the focal
-# loss (refused above), the last two change nothing in the released code either.
+# Names without effect on what the model computes: labels, a choice of memory, three of the focal loss (refused above),
+# two that change nothing in the released code either.
 _WITHOUT_EFFECT = {
+    "MODEL.ARCH",
+    "MODEL.MODEL_NAME",
     "ViT.USE_CHECKPOINT",
     "MODEL.SparseRCNN.ALPHA",
     "MODEL.SparseRCNN.GAMMA",
