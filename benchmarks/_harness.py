@@ -86,7 +86,7 @@ class Contest:
         warm_up: dict | None = None,
         gradient: bool = False,
         headline: bool = False,
-        seconds: float = 4.0,
+        seconds: float = 3.0,
     ) -> None:
         """Check, time and record one case.
 

@@ -112,5 +112,5 @@ def bench_forward(contest, case):
             Goal("speed-up", 1, "attention by torch's SDPA"),
         ),
         headline=True,
-        seconds=20.0,
+        seconds=12.0,
     )
