@@ -6,11 +6,15 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "cell_map.h"
 #include "cpu_isa.h"
 #include "host_device.h"
 #include "keyframe_attention.h"
+#include "pyramid_roi_align.h"
+#include "roi_align_3d.h"
 #include "scatter_tokens.h"
 #include "token_selection.h"
 
@@ -192,12 +196,128 @@ void bind_keyframe_attention(py::module_& m) {
       NoGil());
 }
 
+// (corners, corners are double, batch or 0, R, frames)
+using PackedBoxes = std::tuple<Address, bool, Address, int64_t, int64_t>;
+
+RoiBoxes roi_boxes(const PackedBoxes& packed) {
+  const auto& [corners, is_double, batch, R, frames] = packed;
+  return {pointer<void>(corners), is_double, pointer<const int64_t>(batch), R, frames};
+}
+
+// (oh, ow, samples, aligned)
+using PackedSampling = std::tuple<int64_t, int64_t, int64_t, bool>;
+
+RoiSampling roi_sampling(const PackedSampling& packed) {
+  const auto& [oh, ow, samples, aligned] = packed;
+  return {oh, ow, samples, aligned};
+}
+
+// (tokens, stride_b, stride_k, slot, background, background is per cell), (B, K, C, T, Gh, Gw)
+using PackedTokens = std::tuple<Address, int64_t, int64_t, Address, Address, bool>;
+
+template <class F>
+TokenGrid<F> token_grid(const PackedTokens& packed, const std::array<int64_t, 6>& sizes) {
+  const auto& [tokens, stride_b, stride_k, slot, background, per_cell] = packed;
+  const auto& [B, K, C, T, Gh, Gw] = sizes;
+  return {pointer<const F>(tokens), stride_b, stride_k, pointer<const int32_t>(slot), pointer<const F>(background),
+          per_cell, B, K, C, T, Gh, Gw};
+}
+
+void bind_roi_align_3d(py::module_& m) {
+  m.def(
+      "roi_align_3d_forward",
+      [](const PackedTokens& tokens, const std::array<int64_t, 6>& sizes, const PackedBoxes& boxes,
+         const PackedSampling& sampling, double cells_per_pixel, int dtype, Address samples, int threads) {
+        with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+          using T = decltype(zero);
+          roi_align_3d_forward<T>(token_grid<accumulate_t<T>>(tokens, sizes), roi_boxes(boxes),
+                                  {roi_sampling(sampling), cells_per_pixel}, pointer<T>(samples), threads);
+        });
+      },
+      NoGil());
+  m.def(
+      "roi_pool_3d_forward",
+      [](const PackedTokens& tokens, const std::array<int64_t, 6>& sizes, const PackedBoxes& boxes,
+         const PackedSampling& sampling, double cells_per_pixel, int dtype, Address pooled, Address largest,
+         int threads) {
+        with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+          using T = decltype(zero);
+          roi_pool_3d_forward<T>(token_grid<accumulate_t<T>>(tokens, sizes), roi_boxes(boxes),
+                                 {roi_sampling(sampling), cells_per_pixel}, pointer<T>(pooled),
+                                 pointer<void>(largest), threads);
+        });
+      },
+      NoGil());
+  m.def(
+      "roi_3d_backward",
+      [](Address slot, bool background_per_cell, const std::array<int64_t, 6>& sizes, const PackedBoxes& boxes,
+         const PackedSampling& sampling, double cells_per_pixel, int dtype, Address grad, Address largest,
+         Address grad_tokens, Address grad_background, int threads) {
+        with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+          using T = decltype(zero);
+          const PackedTokens tokens = {0, 0, 0, slot, 0, background_per_cell};
+          roi_3d_backward<T>(token_grid<accumulate_t<T>>(tokens, sizes), roi_boxes(boxes),
+                             {roi_sampling(sampling), cells_per_pixel}, pointer<const T>(grad),
+                             pointer<const void>(largest), pointer<T>(grad_tokens), pointer<T>(grad_background),
+                             threads);
+        });
+      },
+      NoGil());
+}
+
+// (data, stride_b, stride_c, stride_h, stride_w, h, w, pixels a cell)
+using PackedLevel = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double>;
+// (B, C, canonical_size, canonical_level, number of the finest level)
+using PackedPyramid = std::tuple<int64_t, int64_t, double, int64_t, int64_t>;
+
+std::vector<PyramidLevel> pyramid_levels(const std::vector<PackedLevel>& packed) {
+  std::vector<PyramidLevel> levels;
+  for (const auto& [data, stride_b, stride_c, stride_h, stride_w, h, w, stride] : packed)
+    levels.push_back({pointer<void>(data), stride_b, stride_c, stride_h, stride_w, h, w, stride});
+  return levels;
+}
+
+Pyramid pyramid_of(const std::vector<PyramidLevel>& levels, const PackedPyramid& packed) {
+  const auto& [B, C, canonical_size, canonical_level, first] = packed;
+  return {levels.data(), static_cast<int64_t>(levels.size()), B, C, canonical_size, canonical_level, first};
+}
+
+void bind_pyramid_roi_align(py::module_& m) {
+  m.def(
+      "pyramid_roi_align_forward",
+      [](const std::vector<PackedLevel>& packed, const PackedPyramid& pyramid, const PackedBoxes& boxes,
+         const PackedSampling& sampling, int dtype, Address samples, int threads) {
+        const std::vector<PyramidLevel> levels = pyramid_levels(packed);
+        with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+          using T = decltype(zero);
+          pyramid_roi_align_forward<T>(pyramid_of(levels, pyramid), roi_boxes(boxes),
+                                       roi_sampling(sampling), pointer<T>(samples), threads);
+        });
+      },
+      NoGil());
+  m.def(
+      "pyramid_roi_align_backward",
+      [](const std::vector<PackedLevel>& packed, const PackedPyramid& pyramid, const PackedBoxes& boxes,
+         const PackedSampling& sampling, int dtype, Address grad_samples, int threads) {
+        const std::vector<PyramidLevel> levels = pyramid_levels(packed);
+        with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+          using T = decltype(zero);
+          pyramid_roi_align_backward<T>(pyramid_of(levels, pyramid), roi_boxes(boxes),
+                                        roi_sampling(sampling), pointer<const T>(grad_samples),
+                                        threads);
+        });
+      },
+      NoGil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU and CUDA kernels of evad_kernels; call them through the package.";
   bind_cell_map<Cpu>(m);
   bind_keyframe_attention(m);
+  bind_pyramid_roi_align(m);
+  bind_roi_align_3d(m);
   bind_scatter_tokens<Cpu>(m);
   bind_token_selection<Cpu>(m);
 #if defined(EVAD_WITH_CUDA)

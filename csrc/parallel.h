@@ -1,8 +1,13 @@
 // Threads for CPU kernels: as many as torch is set to use, from the OpenMP pool that torch has loaded already.
 #pragma once
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include <cstdint>
 #include <exception>
+#include <memory>
 
 namespace evad {
 
@@ -30,6 +35,21 @@ void parallel_for(int64_t items, int threads, const Body& body, int64_t grain = 
 #endif
   (void)threads;
   for (int64_t item = 0; item < items; ++item) body(item);
+}
+
+// The same with work memory: body(item, workspace), `size` elements a thread, 64-byte aligned, not initialised.
+template <class F, class Body>
+void parallel_for_with_workspace(int64_t items, int64_t size, int threads, const Body& body) {
+  const int64_t page = 4096 / static_cast<int64_t>(sizeof(F)), stride = (size + page - 1) / page * page;
+  const std::unique_ptr<F[]> memory(new F[stride * (threads > 1 ? threads : 1) + page]);
+  F* const first = memory.get() + (page - static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.get()) / sizeof(F)) % page);
+  parallel_for(items, threads, [&](int64_t item) {
+#if defined(_OPENMP)
+    body(item, first + stride * omp_get_thread_num());
+#else
+    body(item, first);
+#endif
+  });
 }
 
 }  // namespace evad

@@ -29,9 +29,9 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "select_tokens": ("cpu", "cuda"),
     "gather_tokens": ("cpu", "cuda"),
     "scatter_tokens": ("cpu", "cuda"),
-    "roi_align_3d": (),
-    "roi_pool_3d": (),
-    "pyramid_roi_align": (),
+    "roi_align_3d": ("cpu",),
+    "roi_pool_3d": ("cpu",),
+    "pyramid_roi_align": ("cpu",),
 }
 
 # Written and compiled, but "auto" leaves them alone until their tests have passed on a GPU.

@@ -77,7 +77,14 @@ def check_batch(op: str, batch: Tensor, B: int) -> None:
     """Batch indices [R] int64 lie in [0, B); reads them, so on the CPU only."""
     if batch.numel() and (int(batch.min()) < 0 or int(batch.max()) >= B):
         offending = int(batch[(batch < 0) | (batch >= B)][0])
-        _check.fail(op, "boxes", f"with batch index in [0, {B})", offending)
+        _check.fail(op, "boxes' batch index", f"in [0, {B})", offending)
+
+
+def packed(corners: Tensor, batch: Tensor | None) -> tuple[int, bool, int, int, int]:
+    """Contiguous boxes as the native module takes them."""
+    frames = corners.shape[1] if corners.ndim == 3 else 1
+    is_double = corners.dtype == torch.float64
+    return corners.data_ptr(), is_double, 0 if batch is None else batch.data_ptr(), corners.shape[0], frames
 
 
 def output_size(op: str, value: int | Sequence[int]) -> tuple[int, int]:

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _boxes, _check
+from . import _backend, _boxes, _check
 from ._boxes import Boxes
+from ._registration import register
 
 EPSILON = 2.220446049250313e-16  # of log2's argument: a box of no area lies on the lowest level
 
@@ -64,7 +65,9 @@ def pyramid_roi_align(
         canonical_size=canonical_size,
         canonical_level=canonical_level,
     )
-    return _per_image(boxes, _reference(arguments))
+    if _backend.choose("pyramid_roi_align", levels[0]) == "reference":
+        return _per_image(boxes, _reference(arguments))
+    return _per_image(boxes, _sample(list(levels), arguments.boxes.corners, arguments.boxes.batch, *arguments[2:]))
 
 
 def pyramid_roi_align_reference(levels: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], **options) -> Tensor:
@@ -159,3 +162,77 @@ def _reference(arguments: _Arguments) -> Tensor:
             features, boxes, scale=1 / stride, output=output, samples=samples, chosen=level_index == index
         )
     return total[:, :, 0].movedim(3, 1).to(dtype)
+
+
+# Registration. No argument has a default: an omitted one beside a Tensor[] breaks the backward.
+
+_SAMPLING = (
+    "Tensor corners, Tensor? batch, float[] strides, int[] output, int samples, float canonical_size, "
+    "int canonical_level, int first"
+)
+
+
+def _run(kernel, levels, sampling, samples):
+    """Calls a kernel: ``levels`` and ``samples`` [R, C, oh, ow] are features, or their gradients."""
+    corners, batch, strides, output, ratio, *canonical = sampling
+    corners, batch = corners.contiguous(), None if batch is None else batch.contiguous()
+    kernel(
+        [
+            (level.data_ptr(), *level.stride(), *level.shape[2:], stride)
+            for level, stride in zip(levels, strides, strict=True)
+        ],
+        (*levels[0].shape[:2], *canonical),
+        _boxes.packed(corners, batch),
+        (*output, ratio, True),
+        _backend.DTYPE_CODE[samples.dtype],
+        samples.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def _forward_cpu(levels, *sampling):
+    samples = _forward_fake(levels, *sampling)
+    _run(_backend.native.pyramid_roi_align_forward, levels, sampling, samples)
+    return samples
+
+
+def _forward_fake(levels, corners, batch, strides, output, *_):
+    return levels[0].new_empty(corners.shape[0], levels[0].shape[1], *output)
+
+
+def _backward_cpu(grad_samples, B, sizes, *sampling):
+    """The gradient of every level, [B, C, h, w], contiguous."""
+    grad_levels = _backward_fake(grad_samples, B, sizes, *sampling)
+    _run(_backend.native.pyramid_roi_align_backward, grad_levels, sampling, grad_samples.contiguous())
+    return grad_levels
+
+
+def _backward_fake(grad_samples, B, sizes, *_):
+    C = grad_samples.shape[1]
+    return [grad_samples.new_empty(B, C, *size) for size in zip(sizes[::2], sizes[1::2], strict=True)]
+
+
+def _setup_context(ctx, inputs, output):
+    levels, corners, batch, *ctx.sampling = inputs
+    ctx.B = levels[0].shape[0]
+    ctx.sizes = [size for level in levels for size in level.shape[2:]]
+    ctx.save_for_backward(corners, batch)
+
+
+def _backward(ctx, grad_samples):
+    grad_levels = _sample_backward(grad_samples, ctx.B, ctx.sizes, *ctx.saved_tensors, *ctx.sampling)
+    return grad_levels, None, None, *[None] * len(ctx.sampling)
+
+
+_sample_backward = register(
+    f"pyramid_roi_align_backward(Tensor grad_samples, SymInt B, SymInt[] sizes, {_SAMPLING}) -> Tensor[]",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+_sample = register(
+    f"pyramid_roi_align(Tensor[] levels, {_SAMPLING}) -> Tensor",
+    cpu=_forward_cpu,
+    fake=_forward_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

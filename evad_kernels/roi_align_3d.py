@@ -11,14 +11,16 @@ Source: EVAD (Chen et al., ICCV 2023), section 3.3 (RoI of the rebuilt feature m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _boxes, _cells, _check
+from . import _backend, _boxes, _cells, _check
 from ._boxes import Boxes
+from ._registration import register
 
 
 def roi_align_3d(
@@ -71,7 +73,9 @@ def roi_align_3d(
         aligned=aligned,
         background=background,
     )
-    return _align_reference(arguments)
+    if _backend.choose("roi_align_3d", tokens) == "reference":
+        return _align_reference(arguments)
+    return _align(*_flat(arguments))
 
 
 def roi_pool_3d(
@@ -110,7 +114,9 @@ def roi_pool_3d(
         aligned=aligned,
         background=background,
     )
-    return _pool_reference(arguments)
+    if _backend.choose("roi_pool_3d", tokens) == "reference":
+        return _pool_reference(arguments)
+    return _pool(*_flat(arguments))[0]
 
 
 def roi_align_3d_reference(tokens: Tensor, position: Tensor, boxes: Tensor | Sequence[Tensor], **options) -> Tensor:
@@ -185,3 +191,132 @@ def _bins_reference(arguments: _Arguments) -> Tensor:
     dense = _cells.dense_reference(op, tokens, position, background, T * Gh * Gw).unflatten(1, grid)
     dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
     return _boxes.bins_reference(dense, boxes, scale=scale, output=output, samples=samples, aligned=aligned)
+
+
+# Registration. `background` is positional: autograd refuses keyword-only tensors.
+
+_SAMPLING = "Tensor corners, Tensor? batch, SymInt[] grid, int[] output, float scale, int samples, bool aligned"
+
+
+def _flat(arguments: _Arguments) -> tuple:
+    """In the order of the private ops' schemas."""
+    _, tokens, position, background, boxes, *sampling = arguments
+    return tokens, background, position, boxes.corners, boxes.batch, *sampling
+
+
+def _run(kernel, op, tokens, background, position, sampling, *results):
+    """Calls a forward kernel. Halves are widened first: a token is read by many boxes."""
+    corners, batch, grid, output, scale, samples, aligned = sampling
+    dtype = tokens.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    tokens = _cells.rows(tokens.to(wide))
+    background = None if background is None else background.to(wide).contiguous()
+    corners, batch = corners.contiguous(), None if batch is None else batch.contiguous()
+    slot = _cells.cell_map(op, position, math.prod(grid))
+    kernel(
+        (
+            tokens.data_ptr(),
+            *tokens.stride()[:2],
+            slot.data_ptr(),
+            0 if background is None else background.data_ptr(),
+            background is not None and background.ndim == 2,
+        ),
+        (*tokens.shape, *grid),
+        _boxes.packed(corners, batch),
+        (*output, samples, aligned),
+        scale,
+        _backend.DTYPE_CODE[dtype],
+        *(result.data_ptr() for result in results),
+        torch.get_num_threads(),
+    )
+
+
+def _align_cpu(tokens, background, position, *sampling):
+    samples = _align_fake(tokens, background, position, *sampling)
+    _run(_backend.native.roi_align_3d_forward, "roi_align_3d", tokens, background, position, sampling, samples)
+    return samples
+
+
+def _align_fake(tokens, background, position, corners, batch, grid, output, *_):
+    return tokens.new_empty(corners.shape[0], tokens.shape[2], grid[0], *output)
+
+
+def _pool_cpu(tokens, background, position, *sampling):
+    pooled, largest = _pool_fake(tokens, background, position, *sampling)
+    _run(_backend.native.roi_pool_3d_forward, "roi_pool_3d", tokens, background, position, sampling, pooled, largest)
+    return pooled, largest
+
+
+def _pool_fake(tokens, background, position, corners, batch, grid, output, *_):
+    """pooled [R, C] and the bin of the largest sample, [R, T, C]: bytes if they can tell the bins."""
+    R, C = corners.shape[0], tokens.shape[2]
+    index = torch.uint8 if math.prod(output) <= 256 else torch.int32
+    return tokens.new_empty(R, C), tokens.new_empty(R, grid[0], C, dtype=index)
+
+
+def _backward_cpu(grad, largest, position, *sampling_and_fill):
+    """grad_tokens [B, K, C] and grad_background ([0], [C] or [cells, C]) from grad of the samples or pooled."""
+    corners, batch, grid, output, scale, samples, aligned, background_ndim = sampling_and_fill
+    B, K = position.shape
+    grad = grad.contiguous()
+    largest = None if largest is None else largest.contiguous()
+    corners, batch = corners.contiguous(), None if batch is None else batch.contiguous()
+    slot = _cells.cell_map("roi_align_3d", position, math.prod(grid))
+    _, grad_background = _backward_fake(grad, largest, position, *sampling_and_fill)
+    grad_tokens = grad.new_zeros(B, K, grad.shape[1])
+    _backend.native.roi_3d_backward(
+        slot.data_ptr(),
+        background_ndim == 2,
+        (B, K, grad.shape[1], *grid),
+        _boxes.packed(corners, batch),
+        (*output, samples, aligned),
+        scale,
+        _backend.DTYPE_CODE[grad.dtype],
+        grad.data_ptr(),
+        0 if largest is None else largest.data_ptr(),
+        grad_tokens.data_ptr(),
+        grad_background.data_ptr() if background_ndim else 0,
+        torch.get_num_threads(),
+    )
+    return grad_tokens, grad_background
+
+
+def _backward_fake(grad, largest, position, corners, batch, grid, *sampling_and_fill):
+    C = grad.shape[1]
+    shape = ((0,), (C,), (math.prod(grid), C))[sampling_and_fill[-1]]
+    return grad.new_empty(*position.shape, C), grad.new_empty(shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, background, position, corners, batch, *ctx.sampling = inputs
+    ctx.background_ndim = 0 if background is None else background.ndim
+    largest = output[1] if isinstance(output, (tuple, list)) else None
+    ctx.save_for_backward(largest, position, corners, batch)
+
+
+def _backward(ctx, grad, *_):
+    background_ndim = ctx.background_ndim if ctx.needs_input_grad[1] else 0
+    grad_tokens, grad_background = _roi_3d_backward(grad, *ctx.saved_tensors, *ctx.sampling, background_ndim)
+    return grad_tokens, grad_background if background_ndim else None, *[None] * (3 + len(ctx.sampling))
+
+
+_roi_3d_backward = register(
+    f"roi_3d_backward(Tensor grad, Tensor? largest, Tensor position, {_SAMPLING}, int background_ndim)"
+    " -> (Tensor, Tensor)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)
+_align = register(
+    f"roi_align_3d(Tensor tokens, Tensor? background, Tensor position, {_SAMPLING}) -> Tensor",
+    cpu=_align_cpu,
+    fake=_align_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)
+_pool = register(
+    f"roi_pool_3d(Tensor tokens, Tensor? background, Tensor position, {_SAMPLING}) -> (Tensor, Tensor)",
+    cpu=_pool_cpu,
+    fake=_pool_fake,
+    backward=_backward,
+    setup_context=_setup_context,
+)

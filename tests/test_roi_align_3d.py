@@ -1,26 +1,517 @@
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from evad_kernels import roi_align_3d, roi_pool_3d
+from evad_kernels import roi_align_3d, roi_pool_3d, use_backend
+from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
 
 GOLDEN = Path(__file__).parent / "golden" / "op_roi_and_boxes.npz"
 
+# name: (B, K, C, grid, n, options)
+CASES = {
+    "odd": (2, 37, 19, (3, 5, 7), 5, {}),
+    "one cell": (1, 1, 1, (1, 1, 1), 3, {}),
+    "all kept": (2, 24, 8, (2, 3, 4), 4, {}),
+    "tubes": (2, 40, 21, (4, 5, 6), 3, {}),
+    "not aligned": (1, 40, 67, (3, 6, 7), 7, {"aligned": False}),
+    "one sample": (1, 30, 33, (2, 6, 7), 4, {"sampling_ratio": 1, "output_size": (3, 5)}),
+    "many samples": (1, 50, 16, (2, 9, 8), 4, {"sampling_ratio": 5, "output_size": (2, 1), "spatial_scale": 0.1}),
+    "many bins": (1, 20, 5, (2, 4, 5), 3, {"output_size": (17, 19)}),
+    "paper 224": (1, 539, 384, (8, 14, 14), 12, {}),
+}
+SMALL = [name for name in CASES if name != "paper 224"]
+OPS = {"roi_align_3d": roi_align_3d, "roi_pool_3d": roi_pool_3d}
+
+
+def make(case, dtype=torch.float32, background="cells", seed=0):
+    """Inputs, and the keyword arguments beside `background`."""
+    B, K, C, grid, n, options = CASES[case]
+    generator = torch.Generator().manual_seed(seed)
+    T, Gh, Gw = grid
+    cells = T * Gh * Gw
+    tokens = torch.randn(B, K, C, generator=generator, dtype=torch.float64).to(dtype)
+    position = torch.stack([torch.randperm(cells, generator=generator)[:K] for _ in range(B)])
+    shape = (B, n, T, 4) if case == "tubes" else (B, n, 4)
+    boxes = torch.rand(shape, generator=generator)
+    size = torch.tensor([Gw, Gh]) / options.get("spatial_scale", 1 / 16)
+    low = (boxes[..., :2] * 1.4 - 0.3) * size  # some begin outside
+    boxes = torch.cat([low, low + boxes[..., 2:] * size], -1)
+    shape = {"none": None, "row": (C,), "cells": (cells, C)}[background]
+    fill = None if shape is None else torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return tokens, position, boxes, fill, {"grid": grid, **options}
+
+
+def expected(tokens, position, boxes, background, *, grid, **options):
+    """Samples [R, C, T, oh, ow] in float64, sample by sample: four neighbours, written without separable weights."""
+    options = {"output_size": 7, "spatial_scale": 1 / 16, "sampling_ratio": 2, "aligned": True, **options}
+    oh, ow = options["output_size"] if isinstance(options["output_size"], tuple) else (options["output_size"],) * 2
+    samples, scale = options["sampling_ratio"], options["spatial_scale"]
+    offset = 0.5 if options["aligned"] else 0.0
+    B, _, C = tokens.shape
+    T, Gh, Gw = grid
+    cells = T * Gh * Gw
+    blank = torch.zeros(cells, C) if background is None else background.expand(cells, C)
+    dense = blank.double().repeat(B, 1, 1)
+    for b in range(B):
+        dense[b, position[b]] = tokens[b].double()
+    dense = dense.view(B, T, Gh, Gw, C)
+    n = boxes.shape[1]
+    result = torch.zeros(B * n, C, T, oh, ow, dtype=torch.float64)
+    for r in range(B * n):
+        for t in range(T):
+            box = boxes[r // n, r % n] if boxes.ndim == 3 else boxes[r // n, r % n, t]
+            x1, y1, x2, y2 = (value * scale - offset for value in box.double().tolist())
+            if not (x2 >= x1 and y2 >= y1):
+                continue
+            width, height = x2 - x1, y2 - y1
+            if not options["aligned"]:
+                width, height = max(width, 1.0), max(height, 1.0)
+            for p in range(oh):
+                for q in range(ow):
+                    total = torch.zeros(C, dtype=torch.float64)
+                    for i in range(samples):
+                        for j in range(samples):
+                            y = y1 + height / oh * (p + (i + 0.5) / samples)
+                            x = x1 + width / ow * (q + (j + 0.5) / samples)
+                            if not (-1 <= y <= Gh and -1 <= x <= Gw):
+                                continue
+                            y, x = min(max(y, 0), Gh - 1), min(max(x, 0), Gw - 1)
+                            top, left = math.floor(y), math.floor(x)
+                            for row, of_row in ((top, 1 - (y - top)), (top + 1, y - top)):
+                                for column, of_column in ((left, 1 - (x - left)), (left + 1, x - left)):
+                                    if of_row * of_column > 0:
+                                        total += of_row * of_column * dense[r // n, t, row, column]
+                    result[r, :, t, p, q] = total / samples**2
+    return result
+
+
+@pytest.mark.parametrize("background", ["none", "row", "cells"])
+@pytest.mark.parametrize("case", SMALL)
+def test_matches_sample_by_sample(backend, case, background):
+    tokens, position, boxes, fill, options = make(case, torch.float64, background)
+    want = expected(tokens, position, boxes, fill, **options)
+    samples = roi_align_3d(tokens, position, boxes, background=fill, **options)
+    torch.testing.assert_close(samples, want, atol=1e-11, rtol=0)
+    pooled = roi_pool_3d(tokens, position, boxes, background=fill, **options)
+    torch.testing.assert_close(pooled, want.amax((-2, -1)).mean(-1), atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("op", OPS)
+def test_matches_reference(op, case, dtype):
+    tokens, position, boxes, fill, options = make(case, dtype)
+
+    def run(backend, x, fill, boxes):
+        with use_backend(backend):
+            return OPS[op](x, position, boxes, background=fill, **options)
+
+    truth = run("reference", tokens.double(), fill.double(), boxes.double())
+    assert_accurate(run("cpu", tokens, fill, boxes), run("reference", tokens, fill, boxes), truth, label=op)
+
+
+@pytest.mark.parametrize("background", ["none", "row", "cells"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["odd", "tubes", "many bins", "paper 224"])
+@pytest.mark.parametrize("op", OPS)
+def test_gradient(op, case, dtype, background):
+    tokens, position, boxes, fill, options = make(case, dtype, background)
+    inputs = [tokens] if fill is None else [tokens, fill]
+
+    def run(tokens, fill=None):
+        at = boxes.to(torch.promote_types(tokens.dtype, torch.float32))
+        return OPS[op](tokens, position, at, background=fill, **options)
+
+    with use_backend("cpu"):
+        _, actual = gradients(run, inputs)
+    with use_backend("reference"):
+        _, reference = gradients(run, inputs)
+        _, truth = gradients(run, [x.double() for x in inputs])
+    for label, *grads in zip(["grad_tokens", "grad_background"], actual, reference, truth, strict=False):
+        assert_accurate(*grads, label=label)
+
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
-def test_golden(case):
+def test_golden(backend, case):
     golden = {key: torch.tensor(value) for key, value in np.load(GOLDEN).items() if key.startswith(case)}
     dense = golden[f"{case}/dense"]
     B, C, *grid = dense.shape
     tokens = dense.flatten(2).transpose(1, 2).contiguous().requires_grad_()
     position = torch.arange(tokens.shape[1]).expand(B, -1)
     boxes = golden[f"{case}/boxes"]
-    align = roi_align_3d(tokens, position, boxes, grid=tuple(grid))
-    torch.testing.assert_close(align, golden[f"{case}/roi_7x7"], atol=1e-6, rtol=0)
+    samples = roi_align_3d(tokens, position, boxes, grid=tuple(grid))
+    torch.testing.assert_close(samples, golden[f"{case}/roi_7x7"], atol=1e-6, rtol=0)
     pooled = roi_pool_3d(tokens, position, boxes, grid=tuple(grid)).view(B, -1, C)
     torch.testing.assert_close(pooled, golden[f"{case}/pooled"], atol=1e-6, rtol=0)
     (grad,) = torch.autograd.grad(pooled, tokens, golden[f"{case}/grad_coeff"])
     want = golden[f"{case}/grad_dense"].flatten(2).transpose(1, 2)
     torch.testing.assert_close(grad, want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forms_of_boxes(backend, op):
+    tokens, position, boxes, fill, options = make("odd")
+    want = OPS[op](tokens, position, boxes, background=fill, **options)
+    index = torch.arange(2.0).repeat_interleave(5)[:, None]
+    rows = torch.cat([index, boxes.flatten(0, 1)], 1)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    tube = boxes[:, :, None].expand(2, 5, 3, 4)
+    for name, form, rows_of_want in (
+        ("list", list(boxes), want),
+        ("uneven list", [boxes[0, :2], boxes[1]], want[[0, 1, 5, 6, 7, 8, 9]]),
+        ("indexed", rows, want),
+        ("indexed, shuffled", rows[order], want[order]),
+        ("tube", tube, want),
+        ("double", boxes.double(), want),
+    ):
+        got = OPS[op](tokens, position, form, background=fill, **options)
+        assert got.dtype == want.dtype, name
+        torch.testing.assert_close(got, rows_of_want, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_gradient_of_shuffled_boxes_goes_to_their_image():
+    tokens, position, boxes, fill, options = make("odd")
+    rows = torch.cat([torch.arange(2.0).repeat_interleave(5)[:, None], boxes.flatten(0, 1)], 1)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    grads = {}
+    for backend in ("reference", "cpu"):
+        with use_backend(backend):
+            grads[backend] = gradients(
+                lambda x, f: roi_pool_3d(x, position, rows[order], background=f, **options), [tokens, fill]
+            )[1]
+    for actual, want in zip(grads["cpu"], grads["reference"], strict=True):
+        torch.testing.assert_close(actual, want, atol=1e-6, rtol=1e-5)
+
+
+def test_strides(backend):
+    tokens, position, boxes, fill, options = make("odd")
+    want = roi_pool_3d(tokens, position, boxes, background=fill, **options)
+    for argument, tensor in (("tokens", tokens), ("position", position), ("boxes", boxes), ("background", fill)):
+        for name, strided in layouts(tensor):
+            inputs = {"tokens": tokens, "position": position, "boxes": boxes, "background": fill, argument: strided}
+            assert torch.equal(roi_pool_3d(**inputs, **options), want), f"{argument} {name}"
+
+
+def test_registration():
+    tokens, position, boxes, fill, options = make("odd")
+    sampling = (list(options["grid"]), [7, 7], 1 / 16, 2, True)
+    corners, batch = boxes.flatten(0, 1), torch.arange(2).repeat_interleave(5)
+    for blank in (None, fill, fill[0]):
+        for name in ("roi_align_3d", "roi_pool_3d"):
+            blank = None if blank is None else blank.detach().clone().requires_grad_()
+            leaf = tokens.clone().requires_grad_()
+            for index in (None, batch):
+                op = getattr(torch.ops.evad_kernels, name).default
+                assert_registered(op, leaf, blank, position, corners, index, *sampling)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_graph_break(backend, op):
+    tokens, position, boxes, fill, options = make("odd")
+    tokens.requires_grad_()
+    # The reference is a long graph of plain ops: tracing it is the question, not what the code generator makes of it.
+    compiled = torch.compile(OPS[op], fullgraph=True, backend="inductor" if backend == "cpu" else "aot_eager")
+    for form in (boxes, list(boxes)):
+        actual = compiled(tokens, position, form, background=fill, **options)
+        want = OPS[op](tokens, position, form, background=fill, **options)
+        torch.testing.assert_close(actual, want, atol=1e-5, rtol=1e-5)
+        grads = [torch.autograd.grad(x.square().sum(), tokens)[0] for x in (actual, want)]
+        torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+def test_one_graph_for_all_lengths():
+    tokens, position, boxes, fill, options = make("odd")
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(roi_pool_3d, fullgraph=True, dynamic=True, backend=count)
+    for n, K in ((4, 36), (3, 30), (2, 21)):
+        inputs = tokens[:, :K], position[:, :K], boxes[:, :n]
+        want = roi_pool_3d(*inputs, background=fill, **options)
+        assert torch.equal(compiled(*inputs, background=fill, **options), want)
+    assert len(graphs) == 1
+
+
+def test_autocast(backend):
+    tokens, position, boxes, fill, options = make("odd")
+    want = roi_pool_3d(tokens, position, boxes, background=fill, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(roi_pool_3d(tokens, position, boxes, background=fill, **options), want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_second_backward_raises(op):
+    tokens, position, boxes, fill, options = make("odd")
+    tokens.requires_grad_()
+    with use_backend("cpu"):
+        result = OPS[op](tokens, position, boxes, background=fill, **options)
+    (grad,) = torch.autograd.grad(result.square().sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        torch.autograd.grad(grad.sum(), tokens)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bitwise_repeatable_on_any_number_of_threads(op):
+    tokens, position, boxes, fill, options = make("paper 224")
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(gradients(lambda x, f: OPS[op](x, position, boxes, background=f, **options), [tokens, fill]))
+    finally:
+        torch.set_num_threads(threads)
+    for outputs, grads in results[1:]:
+        assert all(map(torch.equal, (*outputs, *grads), (*results[0][0], *results[0][1])))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    from evad_kernels import _backend
+
+    if (native := _backend.native) is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    tokens, position, boxes, fill, options = make("paper 224")
+    tokens, fill = tokens[..., :101].contiguous(), fill[:, :101].contiguous()  # whole vectors, single ones, channels
+    tokens[0, 7, 40] = math.nan
+    detected = native.cpu_isa()
+    results = {}
+    try:
+        for name in (isa, detected):
+            native.set_isa_cap(name)
+            for op in OPS.values():
+                results.setdefault(name, []).extend(
+                    x
+                    for part in gradients(lambda x, f: op(x, position, boxes, background=f, **options), [tokens, fill])  # noqa: B023
+                    for x in part
+                )
+    finally:
+        native.set_isa_cap("amx")
+    for actual, want in zip(results[isa], results[detected], strict=True):
+        torch.testing.assert_close(actual, want, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("B", "K", "C", "n"), [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0)], ids=["B", "K", "C", "n"]
+)
+@pytest.mark.parametrize("op", OPS)
+def test_edges(backend, op, B, K, C, n):
+    tokens = torch.ones(B, K, C, requires_grad=True)
+    background = torch.full((6, C), 7.0, requires_grad=True)
+    position = torch.arange(K).expand(B, K)
+    boxes = torch.tensor([0.0, 0, 48, 32]).expand(B, n, 4)
+    result = OPS[op](tokens, position, boxes, grid=(1, 2, 3), background=background)
+    assert result.shape == ((B * n, C) if op == "roi_pool_3d" else (B * n, C, 1, 7, 7))
+    if K == 0:
+        torch.testing.assert_close(result, torch.full_like(result, 7.0))
+    grad_tokens, grad_background = torch.autograd.grad(result.sum(), (tokens, background))
+    assert grad_tokens.shape == tokens.shape and grad_background.shape == background.shape
+    bins = 49 if op == "roi_align_3d" else 1
+    torch.testing.assert_close(grad_tokens.sum() + grad_background.sum(), torch.tensor(float(B * n * C * bins)))
+    for empty in (torch.zeros(0, 5), [torch.zeros(0, 4)] * B):
+        assert OPS[op](tokens, position, empty, grid=(1, 2, 3)).shape[0] == 0
+
+
+def test_later_of_equal_positions_holds_the_cell(backend):
+    tokens = torch.tensor([[[1.0], [2.0], [3.0]]], requires_grad=True)
+    boxes = torch.tensor([[[8.0, 0, 8, 16], [24, 0, 24, 16]]])
+    pooled = roi_pool_3d(tokens, torch.tensor([[1, 0, 1]]), boxes, grid=(1, 1, 2))
+    assert pooled.flatten().tolist() == [2, 3]
+    (grad,) = torch.autograd.grad(pooled.sum(), tokens)
+    assert grad.flatten().tolist() == [0, 1, 1]
+
+
+def test_tie_goes_to_the_first_bin(backend):
+    tokens = torch.ones(1, 16, 20, requires_grad=True)
+    boxes = torch.tensor([[[0.0, 0, 64, 64]]])  # 2 x 2 bins of 2 x 2 cells, a sample in the middle of each
+    pooled = roi_pool_3d(
+        tokens, torch.arange(16)[None], boxes, grid=(1, 4, 4), output_size=2, sampling_ratio=2, spatial_scale=1 / 16
+    )
+    (grad,) = torch.autograd.grad(pooled[0, 3], tokens)
+    want = torch.zeros(4, 4)
+    want[:2, :2] = 0.25
+    assert torch.equal(grad[0, :, 3].view(4, 4), want)
+    assert grad[0, :, :3].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_special_features_reach_the_bins_that_touch_them(backend, value):
+    tokens, position, _, _, options = make("all kept")
+    tokens[0, position[0] == 5] = value  # frame 0, row 1, column 1 of image 0
+    boxes = torch.tensor([[0.0, 0, 63, 47], [40, 0, 63, 47], [0, 40, 63, 47]]).expand(2, 3, 4)
+    samples = roi_align_3d(tokens, position, boxes, **options)
+    touched = (~samples.isfinite()).any((1, 3, 4))
+    assert touched.nonzero().tolist() == [[0, 0]]
+    assert torch.equal(samples[0, :, 0].nan_to_num(0).isfinite(), torch.ones_like(samples[0, :, 0]).bool())
+    assert samples[0, 0, 0, 6].isfinite().all() and not samples[0, 0, 0, 3, 3].isfinite()
+    pooled = roi_pool_3d(tokens, position, boxes, **options)
+    if value == -math.inf:  # smaller than the bins that do not touch it
+        assert pooled.isfinite().all()
+    else:
+        assert (pooled[0].isnan() if math.isnan(value) else pooled[0] == value).all() and pooled[1:].isfinite().all()
+
+
+def test_gradient_of_nan_goes_to_the_first_bin_that_has_it():
+    tokens, position, boxes, fill, options = make("odd")
+    tokens[0, 4, 2:9] = math.nan
+    grads = {}
+    for backend in ("reference", "cpu"):
+        with use_backend(backend):
+            leaf = fill.clone().requires_grad_()
+            pooled = roi_pool_3d(tokens, position, boxes, background=leaf, **options)
+            grads[backend] = torch.autograd.grad(pooled[pooled.isfinite()].sum() + pooled.sum(), leaf)[0]
+    torch.testing.assert_close(grads["cpu"], grads["reference"], atol=1e-5, rtol=1e-5)
+
+
+HOSTILE = [math.nan, math.inf, -math.inf, 1e30, -1e30, 3.4e38, -3.4e38, 2**31, -(2**31), 0.0, -0.0, 1e-30, 50.0, 17.25]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_box(data):
+    tokens, position, _, fill, options = make("odd")
+    coordinate = st.one_of(st.sampled_from(HOSTILE), st.floats(-60, 150, width=32))
+    boxes = torch.tensor(data.draw(st.lists(st.tuples(*[coordinate] * 4), min_size=1, max_size=4)))
+    options.update(
+        aligned=data.draw(st.booleans()),
+        sampling_ratio=data.draw(st.integers(1, 4)),
+        output_size=data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9))),
+    )
+    results = {}
+    for backend in ("reference", "cpu"):
+        with use_backend(backend):
+            results[backend] = [
+                torch.cat([output.flatten() for output in part])
+                for op in OPS.values()
+                for part in gradients(
+                    lambda x, f: op(x, position, [boxes, boxes[:1]], background=f, **options),  # noqa: B023
+                    [tokens, fill],
+                )
+            ]
+    for got, want in zip(results["cpu"], results["reference"], strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+    with use_backend("cpu"):
+        samples = roi_align_3d(tokens, position, [boxes, boxes[:1]], background=fill, **options)
+    for box, of_box in zip(boxes.tolist(), samples, strict=False):
+        if not (box[2] >= box[0] and box[3] >= box[1]):
+            assert of_box.count_nonzero() == 0
+
+
+def test_box_outside_and_box_of_no_area(backend):
+    tokens, position, _, fill, options = make("all kept")
+    boxes = torch.tensor([[500.0, 500, 600, 600], [-300, 0, -100, 40], [24, 24, 24, 24]]).expand(2, 3, 4)
+    samples = roi_align_3d(tokens, position, boxes, background=fill, **options)
+    assert samples[[0, 1, 3, 4]].count_nonzero() == 0
+    centre = tokens[0, position[0] == 5][0]  # (24, 24) is the middle of cell (1, 1)
+    torch.testing.assert_close(samples[2, :, 0], centre[:, None, None].expand(-1, 7, 7))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    B, C, n = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 140)), data.draw(st.integers(0, 5))
+    grid = tuple(data.draw(st.integers(1, 9)) for _ in range(3))
+    cells = math.prod(grid)
+    K = data.draw(st.integers(0, cells))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    tokens = torch.randn(B, K, C, generator=generator)
+    position = torch.zeros(B, K, dtype=torch.int64)
+    for b in range(B):
+        position[b] = torch.randperm(cells, generator=generator)[:K]
+    boxes = torch.rand(B, n, 4, generator=generator) * 100
+    boxes[..., 2:] += boxes[..., :2]
+    options = {"grid": grid, "spatial_scale": data.draw(st.sampled_from([1 / 16, 1 / 7, 0.01, 1.0]))}
+    for op in OPS.values():
+        with use_backend("cpu"):
+            actual = op(tokens, position, boxes, **options)
+        with use_backend("reference"):
+            want = op(tokens, position, boxes, **options)
+        torch.testing.assert_close(actual, want, atol=1e-5, rtol=1e-5)
+
+
+def test_big_grid(backend):
+    grid = (4, 64, 64)
+    tokens = torch.randn(1, 16384, 16, generator=torch.Generator().manual_seed(0))
+    position = torch.randperm(16384, generator=torch.Generator().manual_seed(1))[None]
+    boxes = torch.tensor([[[8.0, 8, 8, 8], [1016, 1016, 1016, 1016], [0, 0, 1024, 1024]]])
+    pooled = roi_pool_3d(tokens, position, boxes, grid=grid)
+    dense = torch.empty(16384, 16).index_copy_(0, position[0], tokens[0]).view(4, 64, 64, 16)
+    torch.testing.assert_close(pooled[0], dense[:, 0, 0].mean(0))
+    torch.testing.assert_close(pooled[1], dense[:, 63, 63].mean(0))
+
+
+def test_sizes_beyond_32_bits_are_sizes():
+    meta = torch.device("meta")
+    tokens = torch.empty(1, 70_000, 512, device=meta)
+    position = torch.empty(1, 70_000, dtype=torch.int64, device=meta)
+    boxes = torch.empty(1, 400, 4, device=meta)
+    shape = torch.ops.evad_kernels.roi_align_3d(
+        tokens, None, position, boxes[0], None, [300, 300, 300], [7, 7], 1 / 16, 2, True
+    ).shape
+    assert shape == (400, 512, 300, 7, 7) and shape.numel() > 2**31
+
+
+@pytest.mark.parametrize("bad", [-1, 12, 2**31, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("op", OPS)
+def test_rejects_position_outside(backend, op, bad):
+    with pytest.raises(ValueError, match=rf"{op}: position must be in \[0, 12\), got"):
+        OPS[op](torch.ones(1, 2, 3), torch.tensor([[0, bad]]), torch.zeros(1, 1, 4), grid=(1, 3, 4))
+
+
+@pytest.mark.parametrize("bad", [-1.0, 2.0, math.nan, math.inf, -1e30])
+@pytest.mark.parametrize("op", OPS)
+def test_rejects_batch_index_outside(backend, op, bad):
+    boxes = torch.tensor([[0.0, 0, 0, 9, 9], [bad, 0, 0, 9, 9]])
+    with pytest.raises(ValueError, match=rf"{op}: boxes' batch index must be in \[0, 2\), got"):
+        OPS[op](torch.ones(2, 2, 3), torch.arange(2).expand(2, 2), boxes, grid=(1, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tokens": torch.ones(5, 3)}, ValueError, "tokens must be"),
+        ({"tokens": torch.ones(2, 5, 3, dtype=torch.int32)}, TypeError, "tokens must be float32"),
+        ({"position": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "position must be"),
+        ({"position": torch.zeros(2, 5, dtype=torch.int32)}, TypeError, "position must be int64"),
+        ({"boxes": torch.zeros(2, 3, 5)}, ValueError, "boxes must be"),
+        ({"boxes": torch.zeros(3, 3, 4)}, ValueError, "boxes must be"),
+        ({"boxes": torch.zeros(2, 3, 7, 4)}, ValueError, "boxes must be"),
+        ({"boxes": torch.zeros(6, 4)}, ValueError, "boxes must be"),
+        ({"boxes": [torch.zeros(3, 4)]}, ValueError, "boxes must be"),
+        ({"boxes": [torch.zeros(3, 4), torch.zeros(2, 5)]}, ValueError, "boxes must be"),
+        ({"boxes": [torch.zeros(3, 4), None]}, TypeError, "boxes must be"),
+        ({"boxes": None}, TypeError, "boxes must be"),
+        ({"boxes": torch.zeros(2, 3, 4, dtype=torch.int64)}, TypeError, "boxes must be float32"),
+        ({"boxes": torch.zeros(2, 3, 4, device="meta")}, RuntimeError, "boxes must be on the device of tokens"),
+        ({"grid": (1, 2)}, ValueError, "grid must be three integers"),
+        ({"grid": (0, 2, 2)}, ValueError, "grid must be at least 1"),
+        ({"background": torch.ones(4)}, ValueError, "background must be"),
+        ({"background": torch.ones(3, dtype=torch.float64)}, TypeError, "background must be of the dtype of tokens"),
+        ({"output_size": 0}, ValueError, "output_size must be"),
+        ({"output_size": (7, 7, 7)}, ValueError, "output_size must be"),
+        ({"output_size": 2.5}, ValueError, "output_size must be"),
+        ({"sampling_ratio": 0}, ValueError, "sampling_ratio must be"),
+        ({"sampling_ratio": -1}, ValueError, "sampling_ratio must be"),
+        ({"spatial_scale": 0.0}, ValueError, "spatial_scale must be"),
+        ({"spatial_scale": math.nan}, ValueError, "spatial_scale must be"),
+    ],
+)
+@pytest.mark.parametrize("op", OPS)
+def test_rejects_bad_input(backend, op, change, error, message):
+    arguments = {
+        "tokens": torch.ones(2, 5, 3),
+        "position": torch.arange(5).expand(2, 5),
+        "boxes": torch.zeros(2, 3, 4),
+        "grid": (1, 2, 3),
+    }
+    with pytest.raises(error, match=f"{op}: {message}"):
+        OPS[op](**{**arguments, **change})

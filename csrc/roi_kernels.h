@@ -1,0 +1,71 @@
+// The inner loops of RoI sampling for one instruction set, over the channels of one box in one frame. roi_align_3d.cpp and
+// pyramid_roi_align.cpp cut the work; F is float or double. Files that are compiled with wide instructions include this and
+// no standard template.
+#pragma once
+
+#include <cstdint>
+
+namespace evad {
+
+// Cells of one axis that the bins of a box touch, and how much they weigh: bin p has taps begin[p] to begin[p + 1].
+template <class F>
+struct RoiTap {
+  int32_t cell;
+  int32_t ordinal;  // counts the different cells of the axis as they are met; a bin's lie within RoiShape::ring
+  F weight;
+};
+template <class F>
+struct RoiAxis {
+  const int32_t* begin;
+  const RoiTap<F>* tap;
+};
+template <class F>
+struct RoiBox {
+  RoiAxis<F> rows, columns;
+};
+
+// Of all boxes of a call.
+struct RoiShape {
+  int64_t oh, ow;
+  int64_t Gw;        // cells in a row of the grid
+  int64_t ring;      // rows of column sums that are kept, a power of two
+  int64_t ordinals;  // at most, of the rows of a box
+};
+
+// Work memory, in elements of F, for `count` channels.
+inline int64_t roi_workspace(const RoiShape& shape, int64_t count) {
+  return (shape.ring > shape.ordinals ? shape.ring : shape.ordinals) * shape.ow * count;
+}
+
+// cell[y * Gw + x] points to the row of features of a cell; channels [begin, begin + count) are done.
+template <class F>
+struct RoiKernels {
+  int64_t panel;  // the number of channels that they do best at a time
+  // samples[bin * count + c] = bin of the box
+  void (*bins)(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, int64_t count,
+               F* samples, F* workspace);
+  // sum[c] += largest bin; the first of equal ones goes to index[c] if that is not null. A NaN is the largest; it is looked
+  // for, which takes time, unless all features are known to be finite.
+  void (*largest)(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, bool finite, int64_t begin,
+                  int64_t count, F* sum, int32_t* index, F* workspace);
+  // grad_cells[(y * Gw + x) * count + c] += what arrives from grad_samples[bin * count + c]
+  void (*grad_bins)(const RoiShape& shape, const RoiBox<F>& box, const F* grad_samples, int64_t count, F* grad_cells,
+                    F* workspace);
+  // 0 if all values are finite, else NaN
+  F (*zero_if_finite)(const F* values, int64_t count);
+};
+
+namespace baseline {
+template <class F>
+RoiKernels<F> roi_kernels();
+}
+namespace avx2 {
+template <class F>
+RoiKernels<F> roi_kernels();
+}
+namespace avx512 {
+template <class F>
+RoiKernels<F> roi_kernels();
+}
+
+}  // namespace evad

@@ -1,0 +1,260 @@
+// RoI sampling in vector extensions, compiled once per instruction set by roi_<isa>.cpp, which names EVAD_ISA,
+// EVAD_VECTOR_BYTES and EVAD_VECTORS before it includes this file. Everything is in that namespace and no standard template
+// is used: code with wide instructions must not leak.
+//
+// Separable: a row of the grid is summed over its columns once per column of bins, into a ring of rows that stays in the
+// first-level cache; a bin is a short sum over that ring. EVAD_VECTORS vectors of channels go through in registers.
+#include "roi_kernels.h"
+
+#define EVAD_INLINE __attribute__((always_inline)) inline
+#define EVAD_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace evad {
+namespace EVAD_ISA {
+namespace {
+
+template <class F>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(EVAD_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t index __attribute__((vector_size(EVAD_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(EVAD_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t index __attribute__((vector_size(EVAD_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+// N vectors of channels, or one channel.
+template <class F, int N>
+struct Vectors {
+  using V = typename VectorOf<F>::type;
+  using I = typename VectorOf<F>::index;
+  static constexpr int64_t kLanes = EVAD_VECTOR_BYTES / static_cast<int64_t>(sizeof(F));
+  static constexpr int64_t kChannels = N * kLanes;
+  static constexpr int kCount = N;
+  static EVAD_INLINE V load(const F* p) { return *reinterpret_cast<const V*>(p); }
+  static EVAD_INLINE void store(F* p, V v) { *reinterpret_cast<V*>(p) = v; }
+  static EVAD_INLINE V splat(F x) { return x - V{}; }
+  static EVAD_INLINE V larger(V x, V y) { return x > y ? x : y; }
+  static EVAD_INLINE I splat_index(int64_t x) { return static_cast<decltype(I{}[0] + 0)>(x) - I{}; }
+  static EVAD_INLINE F total(V x) {
+    F sum = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += x[lane];
+    return sum;
+  }
+  // Exact: a NaN is taken, and once best is one it stays.
+  template <bool Exact>
+  static EVAD_INLINE void keep(V v, I bin, V& best, I& index) {
+    const I take = Exact ? (best == best) & ~(v <= best) : v > best;
+    best = take ? v : best;
+    index = take ? bin : index;
+  }
+  static EVAD_INLINE void store_index(int32_t* p, I index) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<int32_t>(index[lane]);
+  }
+};
+template <class F>
+struct Vectors<F, 0> {
+  using V = F;
+  using I = int32_t;
+  static constexpr int64_t kLanes = 1, kChannels = 1;
+  static constexpr int kCount = 1;
+  static EVAD_INLINE V load(const F* p) { return *p; }
+  static EVAD_INLINE void store(F* p, V v) { *p = v; }
+  static EVAD_INLINE V splat(F x) { return x; }
+  static EVAD_INLINE V larger(V x, V y) { return x > y ? x : y; }
+  static EVAD_INLINE I splat_index(int64_t x) { return static_cast<I>(x); }
+  static EVAD_INLINE F total(V x) { return x; }
+  template <bool Exact>
+  static EVAD_INLINE void keep(V v, I bin, V& best, I& index) {
+    const bool take = Exact ? best == best && !(v <= best) : v > best;
+    best = take ? v : best;
+    index = take ? bin : index;
+  }
+  static EVAD_INLINE void store_index(int32_t* p, I index) { *p = index; }
+};
+
+// Calls body(vectors, c) over channels [0, count).
+template <class F, class Body>
+EVAD_INLINE void for_channels(int64_t count, const Body& body) {
+  int64_t c = 0;
+  for (; c + Vectors<F, EVAD_VECTORS>::kChannels <= count; c += Vectors<F, EVAD_VECTORS>::kChannels)
+    body(Vectors<F, EVAD_VECTORS>{}, c);
+  for (; c + Vectors<F, 1>::kChannels <= count; c += Vectors<F, 1>::kChannels) body(Vectors<F, 1>{}, c);
+  for (; c < count; ++c) body(Vectors<F, 0>{}, c);
+}
+
+// Calls body(bin, sum[]) for every bin of the box, row-major; `begin` is the first of the channels.
+template <class L, class F, class Body>
+EVAD_INLINE void for_bins(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin,
+                          F* __restrict ring, const Body& body) {
+  using V = typename L::V;
+  const int64_t row_size = shape.ow * L::kChannels;
+  int32_t summed = 0;  // rows below this ordinal are in the ring
+  for (int64_t p = 0; p < shape.oh; ++p) {
+    const RoiTap<F>* const first = box.rows.tap + box.rows.begin[p];
+    const RoiTap<F>* const last = box.rows.tap + box.rows.begin[p + 1];
+    for (const RoiTap<F>* row = first; row != last; ++row) {
+      if (row->ordinal < summed) continue;
+      summed = row->ordinal + 1;
+      const F* const* const in_row = cell + row->cell * shape.Gw;
+      F* to = ring + (row->ordinal & (shape.ring - 1)) * row_size;
+      const RoiTap<F>* column = box.columns.tap;
+      for (int64_t q = 0; q < shape.ow; ++q, to += L::kChannels) {
+        const RoiTap<F>* const end = box.columns.tap + box.columns.begin[q + 1];
+        V sum[L::kCount] = {};
+        for (; column != end; ++column) {
+          const F* const from = in_row[column->cell] + begin;
+          const V weight = L::splat(column->weight);
+#pragma GCC unroll 4
+          for (int v = 0; v < L::kCount; ++v) sum[v] += weight * L::load(from + v * L::kLanes);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < L::kCount; ++v) L::store(to + v * L::kLanes, sum[v]);
+      }
+    }
+    for (int64_t q = 0; q < shape.ow; ++q) {
+      V sum[L::kCount] = {};
+      for (const RoiTap<F>* row = first; row != last; ++row) {
+        const F* const from = ring + (row->ordinal & (shape.ring - 1)) * row_size + q * L::kChannels;
+        const V weight = L::splat(row->weight);
+#pragma GCC unroll 4
+        for (int v = 0; v < L::kCount; ++v) sum[v] += weight * L::load(from + v * L::kLanes);
+      }
+      body(p * shape.ow + q, sum);
+    }
+  }
+}
+
+template <class F>
+void bins(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, int64_t count, F* samples,
+          F* workspace) {
+  for_channels<F>(count, [&](auto vectors, int64_t c) EVAD_INLINE_LAMBDA {
+    using L = decltype(vectors);
+    for_bins<L, F>(shape, box, cell, begin + c, workspace, [&](int64_t bin, const typename L::V* sum) EVAD_INLINE_LAMBDA {
+#pragma GCC unroll 4
+      for (int v = 0; v < L::kCount; ++v) L::store(samples + bin * count + c + v * L::kLanes, sum[v]);
+    });
+  });
+}
+
+// Exact: there may be a NaN, which is the largest. Index: tell the bin.
+template <class F, bool Exact, bool Index>
+EVAD_INLINE void largest_of(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin,
+                            int64_t count, F* sum, int32_t* index, F* workspace) {
+  for_channels<F>(count, [&](auto vectors, int64_t c) EVAD_INLINE_LAMBDA {
+    using L = decltype(vectors);
+    using V = typename L::V;
+    using I = typename L::I;
+    V best[L::kCount];
+    I which[L::kCount] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < L::kCount; ++v) best[v] = L::splat(static_cast<F>(-__builtin_inf()));
+    for_bins<L, F>(shape, box, cell, begin + c, workspace, [&](int64_t bin, const V* value) EVAD_INLINE_LAMBDA {
+      if (!Exact && !Index) {
+#pragma GCC unroll 4
+        for (int v = 0; v < L::kCount; ++v) best[v] = L::larger(value[v], best[v]);
+        return;
+      }
+      const I this_bin = L::splat_index(bin);
+#pragma GCC unroll 4
+      for (int v = 0; v < L::kCount; ++v) L::template keep<Exact>(value[v], this_bin, best[v], which[v]);
+    });
+#pragma GCC unroll 4
+    for (int v = 0; v < L::kCount; ++v) {
+      F* const to = sum + c + v * L::kLanes;
+      L::store(to, L::load(to) + best[v]);
+      if (Index) L::store_index(index + c + v * L::kLanes, which[v]);
+    }
+  });
+}
+
+template <class F>
+void largest(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, bool finite, int64_t begin,
+             int64_t count, F* sum, int32_t* index, F* workspace) {
+  if (finite && index)
+    largest_of<F, false, true>(shape, box, cell, begin, count, sum, index, workspace);
+  else if (finite)
+    largest_of<F, false, false>(shape, box, cell, begin, count, sum, index, workspace);
+  else if (index)
+    largest_of<F, true, true>(shape, box, cell, begin, count, sum, index, workspace);
+  else
+    largest_of<F, true, false>(shape, box, cell, begin, count, sum, index, workspace);
+}
+
+// 0 if all values are finite, else NaN.
+template <class F>
+F zero_if_finite(const F* values, int64_t count) {
+  F zero = 0;
+  for_channels<F>(count, [&](auto vectors, int64_t c) EVAD_INLINE_LAMBDA {
+    using L = decltype(vectors);
+    typename L::V product = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < L::kCount; ++v) product += L::load(values + c + v * L::kLanes) * 0;
+    zero += L::total(product);
+  });
+  return zero;
+}
+
+template <class F>
+void grad_bins(const RoiShape& shape, const RoiBox<F>& box, const F* grad_samples, int64_t count, F* grad_cells,
+               F* workspace) {
+  for_channels<F>(count, [&](auto vectors, int64_t c) EVAD_INLINE_LAMBDA {
+    using L = decltype(vectors);
+    using V = typename L::V;
+    const int64_t row_size = shape.ow * L::kChannels;
+    int32_t rows = 0;  // ordinals met so far
+    for (int64_t p = 0; p < shape.oh; ++p)
+      for (int32_t j = box.rows.begin[p]; j < box.rows.begin[p + 1]; ++j) {
+        const RoiTap<F>& row = box.rows.tap[j];
+        F* const to = workspace + row.ordinal * row_size;
+        const bool fresh = row.ordinal >= rows;
+        if (fresh) rows = row.ordinal + 1;
+        const V weight = L::splat(row.weight);
+        for (int64_t q = 0; q < shape.ow; ++q) {
+          const F* const from = grad_samples + (p * shape.ow + q) * count + c;
+#pragma GCC unroll 4
+          for (int v = 0; v < L::kCount; ++v) {
+            F* const sum = to + q * L::kChannels + v * L::kLanes;
+            const V grad = weight * L::load(from + v * L::kLanes);
+            L::store(sum, fresh ? grad : L::load(sum) + grad);
+          }
+        }
+      }
+    int32_t done = 0;
+    for (int32_t j = box.rows.begin[0]; j < box.rows.begin[shape.oh]; ++j) {
+      const RoiTap<F>& row = box.rows.tap[j];
+      if (row.ordinal < done) continue;
+      done = row.ordinal + 1;
+      const F* const from = workspace + row.ordinal * row_size;
+      F* const in_row = grad_cells + row.cell * shape.Gw * count + c;
+      for (int64_t q = 0; q < shape.ow; ++q) {
+        V grad[L::kCount];
+#pragma GCC unroll 4
+        for (int v = 0; v < L::kCount; ++v) grad[v] = L::load(from + q * L::kChannels + v * L::kLanes);
+        for (int32_t i = box.columns.begin[q]; i < box.columns.begin[q + 1]; ++i) {
+          const RoiTap<F>& column = box.columns.tap[i];
+          F* const to = in_row + column.cell * count;
+          const V weight = L::splat(column.weight);
+#pragma GCC unroll 4
+          for (int v = 0; v < L::kCount; ++v)
+            L::store(to + v * L::kLanes, L::load(to + v * L::kLanes) + weight * grad[v]);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+template <class F>
+RoiKernels<F> roi_kernels() {
+  return {Vectors<F, EVAD_VECTORS>::kChannels, bins<F>, largest<F>, grad_bins<F>, zero_if_finite<F>};
+}
+template RoiKernels<float> roi_kernels<float>();
+template RoiKernels<double> roi_kernels<double>();
+
+}  // namespace EVAD_ISA
+}  // namespace evad

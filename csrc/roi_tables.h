@@ -1,0 +1,113 @@
+// What the RoI ops prepare before the inner loops: weights of every box, boxes by image, the kernels of this machine.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu_isa.h"
+#include "parallel.h"
+#include "range_check.h"
+#include "roi_boxes.h"
+#include "roi_kernels.h"
+
+namespace evad {
+
+// Boxes as the callers pass them: corners [R, frames, 4] float or double, contiguous; batch [R] or null for r / (R / B).
+struct RoiBoxes {
+  const void* corners;
+  bool is_double;
+  const int64_t* batch;
+  int64_t R, frames;  // frames is 1 unless the boxes are tubes
+};
+
+template <class F>
+RoiKernels<F> roi_kernels() {
+  const Isa isa = cpu_isa();
+#if defined(EVAD_AVX512)
+  if (isa >= Isa::avx512) return avx512::roi_kernels<F>();
+#endif
+#if defined(EVAD_AVX2)
+  if (isa >= Isa::avx2) return avx2::roi_kernels<F>();
+#endif
+  (void)isa;
+  return baseline::roi_kernels<F>();
+}
+
+// Rows of boxes by image: of image b they are order[begin[b]] to order[begin[b + 1]], ascending.
+struct BoxesByImage {
+  std::vector<int64_t> begin, order;
+
+  // Only after require_batch.
+  BoxesByImage(const RoiBoxes& boxes, int64_t B) : begin(B + 1), order(boxes.R) {
+    for (int64_t r = 0; r < boxes.R; ++r) ++begin[image(boxes, B, r) + 1];
+    for (int64_t b = 0; b < B; ++b) begin[b + 1] += begin[b];
+    std::vector<int64_t> next(begin.begin(), begin.end());
+    for (int64_t r = 0; r < boxes.R; ++r) order[next[image(boxes, B, r)]++] = r;
+  }
+
+  static int64_t image(const RoiBoxes& boxes, int64_t B, int64_t r) {
+    return boxes.batch ? boxes.batch[r] : r / (boxes.R / B);
+  }
+};
+
+// Throws std::invalid_argument for a batch index outside [0, B).
+inline void require_batch(const char* op, const RoiBoxes& boxes, int64_t B) {
+  if (boxes.batch) require_in_range(std::string(op) + ": boxes' batch index", boxes.batch, 0, 1, 1, boxes.R, B);
+}
+
+// Room for the taps of `boxes` boxes along one axis.
+template <class F>
+class RoiAxisTable {
+ public:
+  RoiAxisTable(int64_t boxes, int64_t bins, int64_t samples, int64_t size)
+      : bins_(bins), taps_(std::min(2 * samples, size)), begin_(boxes * (bins + 1)), tap_(boxes * bins * taps_) {}
+
+  int64_t taps() const { return taps_; }  // of a bin, at most
+
+  RoiAxis<F> of(int64_t box) const { return {begin_.data() + box * (bins_ + 1), tap_.data() + box * bins_ * taps_}; }
+
+  template <class Box>
+  void fill(int64_t box, BoxSide<Box> side, int64_t samples, int64_t size) {
+    int32_t* const begin = begin_.data() + box * (bins_ + 1);
+    RoiTap<F>* const tap = tap_.data() + box * bins_ * taps_;
+    int32_t count = 0, ordinals = 0, previous = 0;
+    begin[0] = 0;
+    for (int64_t bin = 0; bin < bins_; ++bin) {
+      const int32_t first = count;
+      // Samples of a bin ascend, so a cell that was met is among the last two.
+      const auto add = [&](int64_t cell, Box weight) {
+        if (!(weight > 0)) return;
+        for (int32_t i = count; i-- > std::max(first, count - 2);)
+          if (tap[i].cell == cell) {
+            tap[i].weight += static_cast<F>(weight);
+            return;
+          }
+        int32_t ordinal = -1;
+        for (int32_t i = previous; i < first && ordinal < 0; ++i)
+          if (tap[i].cell == cell) ordinal = tap[i].ordinal;
+        tap[count++] = {static_cast<int32_t>(cell), ordinal < 0 ? ordinals++ : ordinal, static_cast<F>(weight)};
+      };
+      for (int64_t i = 0; i < samples; ++i) {
+        int64_t cell = 0;
+        Box next = 0;
+        if (!bilinear(sample_coordinate(side, bin, i, samples), size, cell, next)) continue;
+        add(cell, 1 - next);
+        add(cell + 1, next);
+      }
+      for (int32_t i = first; i < count; ++i) tap[i].weight /= static_cast<F>(samples);
+      begin[bin + 1] = count;
+      previous = first;
+    }
+  }
+
+  void fill_empty(int64_t box) { std::fill_n(begin_.data() + box * (bins_ + 1), bins_ + 1, 0); }
+
+ private:
+  int64_t bins_, taps_;
+  std::vector<int32_t> begin_;
+  std::vector<RoiTap<F>> tap_;
+};
+
+}  // namespace evad
