@@ -25,15 +25,16 @@ template <>
 struct Vectors<float> {
   typedef float type __attribute__((vector_size(EVAD_VECTOR_BYTES), may_alias));
   typedef uint32_t bits __attribute__((vector_size(EVAD_VECTOR_BYTES), may_alias));
-  static constexpr float kRound = 12582912.0f, kLowest = -126.0f;  // 1.5 * 2^23 rounds to an integer
-  static constexpr uint32_t kBias = 127, kMantissa = 23;
+  // Adding 1.5 * 2^23 rounds to an integer, and the exponent's bias makes its lowest bits the exponent of 2^that.
+  static constexpr float kRound = 12582912.0f + 127, kLowest = -126.0f;
+  static constexpr int kMantissa = 23;
 };
 template <>
 struct Vectors<double> {
   typedef double type __attribute__((vector_size(EVAD_VECTOR_BYTES), may_alias));
   typedef uint64_t bits __attribute__((vector_size(EVAD_VECTOR_BYTES), may_alias));
-  static constexpr double kRound = 6755399441055744.0, kLowest = -1022.0;
-  static constexpr uint64_t kBias = 1023, kMantissa = 52;
+  static constexpr double kRound = 6755399441055744.0 + 1023, kLowest = -1022.0;
+  static constexpr int kMantissa = 52;
 };
 template <class C>
 using Vector = typename Vectors<C>::type;
@@ -79,7 +80,7 @@ EVAD_INLINE Vector<C> exp2(Vector<C> x) {
   using Bits = typename Vectors<C>::bits;
   const Vector<C> shifted = x + Vectors<C>::kRound;
   const Vector<C> fraction = x - (shifted - Vectors<C>::kRound);
-  const Bits power = (reinterpret_cast<Bits>(shifted) + Vectors<C>::kBias) << Vectors<C>::kMantissa;
+  const Bits power = reinterpret_cast<Bits>(shifted) << Vectors<C>::kMantissa;
   const Vector<C> y = exp2_polynomial(fraction, C()) * reinterpret_cast<Vector<C>>(power);
   return x < Vectors<C>::kLowest ? Vector<C>{} : y;
 }
@@ -171,13 +172,15 @@ void pack_transposed(const T* x, int64_t stride, int64_t N, int64_t D, C* packed
   });
 }
 
-// kBlock rows as groups of the microkernel: [group][D][kRows]. row(r) is the r-th row's address, null for zeros.
+// rows [kBlock, padded D] from row(r), zeros for null and beyond D.
 template <class C, class T, class Row>
-EVAD_INLINE void pack_left(const Row& row, int64_t D, C* packed) {
-  for (int64_t r = 0; r < kBlock; ++r) {
+EVAD_INLINE void copy_rows(const Row& row, int64_t D, C* rows) {
+  const int64_t padded_D = round_up(D, kWidth<C>);
+  for (int64_t r = 0; r < kBlock; ++r, rows += padded_D) {
     const T* from = row(r);
-    C* to = packed + r / kRows * kRows * D + r % kRows;
-    for (int64_t d = 0; d < D; ++d) to[d * kRows] = from ? to_float(from[d]) : C(0);
+    const int64_t filled = from ? D : 0;
+    for (int64_t d = 0; d < filled; ++d) rows[d] = to_float(from[d]);
+    for (int64_t d = filled; d < padded_D; ++d) rows[d] = 0;
   }
 }
 
@@ -203,7 +206,7 @@ struct Carve {
 template <class C>
 struct ForwardWorkspace {
   C *key, *value;       // K^T and V, packed; they outlive the task
-  C* query;             // kBlock rows, packed
+  C* query;             // [kBlock, padded D]
   C* logits;            // [kBlock, stride]: logits, then unnormalised probabilities
   C* output;            // [kBlock, padded D]
   C* column;            // [padded N]: the block's column sums
@@ -215,7 +218,7 @@ struct ForwardWorkspace {
     Carve carve{base};
     key = carve.take<C>(padded_N * D);
     value = carve.take<C>(N * padded_D);
-    query = carve.take<C>(kBlock * D);
+    query = carve.take<C>(kBlock * padded_D);
     logits = carve.take<C>(kBlock * logit_stride<C>(N));
     output = carve.take<C>(kBlock * padded_D);
     column = carve.take<C>(padded_N);
@@ -246,13 +249,13 @@ void fill_pads(int64_t N, C* pad, C* last_pad) {
 template <bool kMaxima, class C>
 void block_logits(const C* left, const C* right, int64_t N, int64_t D, C scale, const C* pad, const C* last_pad,
                   C* logits, int64_t stride, Vector<C>* maxima) {
-  const int64_t columns = round_up(N, kWidth<C>);
+  const int64_t columns = round_up(N, kWidth<C>), padded_D = round_up(D, kWidth<C>);
   for_panels<C>(columns, [&](auto count, int64_t column) {
     constexpr int NV = decltype(count)::value;
     const C* add = column + NV * kWidth<C> == columns ? last_pad : pad;
     for (int64_t group = 0; group < kBlock; group += kRows) {
       Vector<C> sum[kRows][NV] = {};
-      multiply<C, NV>(sum, left + group * D, kRows, 1, right + column * D, NV * kWidth<C>, D);
+      multiply<C, NV>(sum, left + group * padded_D, 1, padded_D, right + column * D, NV * kWidth<C>, D);
 #pragma GCC unroll 6
       for (int m = 0; m < kRows; ++m) {
         Vector<C> largest_yet = kMaxima ? maxima[group + m] : Vector<C>{};
@@ -268,13 +271,16 @@ void block_logits(const C* left, const C* right, int64_t N, int64_t D, C scale, 
   });
 }
 
-// output [kBlock, padded D] = left [kBlock, N] times packed rows.
-template <class C>
-void block_product(const C* left, int64_t stride, const C* packed, int64_t N, int64_t D, C* output) {
+// output [kBlock, padded D] = left [kBlock, N] times packed rows. visit(begin, end) sees each run of columns of left just
+// before its product, which then finds them in the first-level cache.
+template <class C, class Visit>
+EVAD_INLINE void block_product(const C* left, int64_t stride, const C* packed, int64_t N, int64_t D, C* output,
+                               const Visit& visit) {
   const int64_t columns = round_up(D, kWidth<C>);
   for (int64_t i = 0; i < kBlock * columns; i += kWidth<C>) store(output + i, Vector<C>{});
   for (int64_t j = 0; j < N; j += kDepth) {
     const int64_t depth = N - j < kDepth ? N - j : kDepth;
+    visit(j, j + depth);
     for_panels<C>(columns, [&](auto count, int64_t column) {
       constexpr int NV = decltype(count)::value;
       constexpr int64_t width = NV * kWidth<C>;
@@ -304,7 +310,7 @@ void forward(const AttentionForwardTask& t, char* workspace) {
     const auto row = [&](int64_t r) {
       return r < count ? static_cast<const T*>(t.query) + (begin + r) * t.query_stride : nullptr;
     };
-    pack_left<C, T>(row, t.D, w.query);
+    copy_rows<C, T>(row, t.D, w.query);
     for (int64_t r = 0; r < kBlock; ++r) w.maxima[r] = splat(-static_cast<C>(__builtin_inf()));
     block_logits<true, C>(w.query, w.key, t.N, t.D, scale, w.pad, w.last_pad, w.logits, stride, w.maxima);
 
@@ -324,16 +330,16 @@ void forward(const AttentionForwardTask& t, char* workspace) {
       static_cast<C*>(t.lse)[begin + r] = (maximum + log2_of(row_sum)) * static_cast<C>(kLn2);
     }
 
-    if (M > 0) {
-      for (int64_t j = t.num_keyframe / kWidth<C> * kWidth<C>; j < columns; j += kWidth<C>) {
+    block_product<C>(w.logits, stride, w.value, t.N, t.D, w.output, [&](int64_t first, int64_t end) {
+      if (first < t.num_keyframe) first = t.num_keyframe / kWidth<C> * kWidth<C>;
+      if (M == 0) return;
+      for (int64_t j = first; j < end; j += kWidth<C>) {
         Vector<C> sum = {};
         for (int64_t r = 0; r < count; ++r) sum += load(w.logits + r * stride + j) * factor[r];
         store(w.column + j, sum);
       }
-      for (int64_t j = 0; j < M; ++j) t.column_sum[j] += w.column[t.num_keyframe + j];
-    }
-
-    block_product<C>(w.logits, stride, w.value, t.N, t.D, w.output);
+    });
+    for (int64_t j = 0; j < M; ++j) t.column_sum[j] += w.column[t.num_keyframe + j];
     for (int64_t r = 0; r < count; ++r) {
       T* to = static_cast<T*>(t.output) + (begin + r) * t.output_stride;
       for (int64_t d = 0; d < t.D; ++d) to[d] = from_float<T>(w.output[r * padded_D + d] * inverse[r]);
@@ -345,11 +351,9 @@ template <class C>
 struct BackwardWorkspace {
   C *key, *value, *key_rows;             // K^T, V^T and K, packed
   C *grad_key, *grad_value;              // [N rounded up to kRows, padded D]
-  C *query, *grad_output;                // kBlock rows, packed for the left
-  C *query_rows, *grad_output_rows;      // [kBlock, padded D]
+  C *query, *grad_output, *grad_query;   // [kBlock, padded D]
   C *logits, *grad;                      // [kBlock, stride]: probabilities; their gradient, then that of the logits
   C* importance;                         // [padded N]: grad_importance, zero for the keyframe's columns
-  C* grad_query;                         // [kBlock, padded D]
   C *pad, *last_pad;
   size_t bytes;
   BackwardWorkspace(char* base, int64_t N, int64_t D) {
@@ -360,15 +364,13 @@ struct BackwardWorkspace {
     key_rows = carve.take<C>(N * padded_D);
     grad_key = carve.take<C>(round_up(N, kRows) * padded_D);
     grad_value = carve.take<C>(round_up(N, kRows) * padded_D);
-    query = carve.take<C>(kBlock * D);
-    grad_output = carve.take<C>(kBlock * D);
-    query_rows = carve.take<C>(kBlock * padded_D);
-    grad_output_rows = carve.take<C>(kBlock * padded_D);
+    query = carve.take<C>(kBlock * padded_D);
+    grad_output = carve.take<C>(kBlock * padded_D);
+    grad_query = carve.take<C>(kBlock * padded_D);
     // The microkernel reads whole groups of kRows columns.
     logits = carve.take<C>(kBlock * logit_stride<C>(N) + kRows);
     grad = carve.take<C>(kBlock * logit_stride<C>(N) + kRows);
     importance = carve.take<C>(padded_N);
-    grad_query = carve.take<C>(kBlock * padded_D);
     pad = carve.take<C>(kVectors * kWidth<C>);
     last_pad = carve.take<C>(kVectors * kWidth<C>);
     bytes = carve.used;
@@ -389,16 +391,6 @@ void add_transposed_product(const C* left, int64_t stride, const C* right, int64
       multiply_add<C, decltype(panel)::value>(sum + j * columns + column, columns, left + j, stride, 1, right + column,
                                               columns, count);
     });
-}
-
-// rows [kBlock, padded D] from row(r), zeros for null and beyond D.
-template <class C, class T, class Row>
-EVAD_INLINE void copy_rows(const Row& row, int64_t D, C* rows) {
-  const int64_t padded_D = round_up(D, kWidth<C>);
-  for (int64_t r = 0; r < kBlock; ++r) {
-    const T* from = row(r);
-    for (int64_t d = 0; d < padded_D; ++d) rows[r * padded_D + d] = from && d < D ? to_float(from[d]) : C(0);
-  }
 }
 
 template <class T, class C>
@@ -440,10 +432,8 @@ void backward(const AttentionBackwardTask& t, char* workspace) {
       const bool given = r < count && t.grad_output && t.slot[begin + r] >= 0;
       return given ? static_cast<const T*>(t.grad_output) + t.slot[begin + r] * t.grad_output_stride : nullptr;
     };
-    pack_left<C, T>(query, t.D, w.query);
-    pack_left<C, T>(grad_output, t.D, w.grad_output);
-    copy_rows<C, T>(query, t.D, w.query_rows);
-    copy_rows<C, T>(grad_output, t.D, w.grad_output_rows);
+    copy_rows<C, T>(query, t.D, w.query);
+    copy_rows<C, T>(grad_output, t.D, w.grad_output);
     block_logits<false, C>(w.query, w.key, t.N, t.D, static_cast<C>(t.scale * kLog2E), w.pad, w.last_pad, w.logits,
                            stride, nullptr);
     block_logits<false, C>(w.grad_output, w.value, t.N, t.D, C(1), w.pad, w.pad, w.grad, stride, nullptr);
@@ -468,9 +458,9 @@ void backward(const AttentionBackwardTask& t, char* workspace) {
     }
 
     if (t.grad_output)
-      add_transposed_product<C>(w.logits, stride, w.grad_output_rows, count, t.N, t.D, w.grad_value);
-    add_transposed_product<C>(w.grad, stride, w.query_rows, count, t.N, t.D, w.grad_key);
-    block_product<C>(w.grad, stride, w.key_rows, t.N, t.D, w.grad_query);
+      add_transposed_product<C>(w.logits, stride, w.grad_output, count, t.N, t.D, w.grad_value);
+    add_transposed_product<C>(w.grad, stride, w.query, count, t.N, t.D, w.grad_key);
+    block_product<C>(w.grad, stride, w.key_rows, t.N, t.D, w.grad_query, [](int64_t, int64_t) {});
     for (int64_t r = 0; r < count; ++r)
       write_rows<T, C>(w.grad_query + r * padded_D, 1, t.D, grad_query + t.row[begin + r] * t.grad_query_stride, 0);
   }
