@@ -221,7 +221,7 @@ def pruning_figure(pruning: Pruning, title: str, subtitle: str = "") -> Image.Im
     height, width = pruning.frames[0].shape[:2]
     tile_height = round(tile_width * height / width)
     margin, gap, label_width, head, foot = 28, 10, 214, 128, 66
-    row_height = tile_height + 30
+    row_height = max(tile_height + 30, 84)
     rows = 1 + len(pruning.layers)
     size = margin * 2 + label_width + T * (tile_width + gap) - gap, head + rows * row_height + foot
     figure = Image.new("RGB", size, PAPER)
@@ -242,8 +242,7 @@ def pruning_figure(pruning: Pruning, title: str, subtitle: str = "") -> Image.Im
         if row == 0:
             lines = ["input", f"{pruning.total} tokens", f"{T} × {pruning.grid[1]} × {pruning.grid[2]}"]
         else:
-            lines = [pruning.layers[row - 1][0], f"{kept.sum()} of {pruning.total}"]
-            lines += ["tokens kept", f"{kept.mean():.0%}"]
+            lines = [pruning.layers[row - 1][0], f"{kept.sum()} of {pruning.total}", f"tokens kept ({kept.mean():.0%})"]
         for index, text in enumerate(lines):
             y = top + tile_height / 2 + (index - (len(lines) - 1) / 2) * 23
             draw.text((margin, y), text, font=font(19 if index == 0 else 15, index == 0), fill=INK, anchor="lm")

@@ -83,6 +83,7 @@ class Video:
             self.close()
             raise VideoError(f"{path}: has no video stream")
         self.skipped = 0
+        self._coded: tuple[int, int] | None = None
         self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 30)
         self.duration = self._stated_duration()
         self._zero = None if self._stream.start_time is None else self._stream.start_time * self._stream.time_base
@@ -177,6 +178,10 @@ class Video:
                 time = last + step  # damaged timestamp
             last = time
             matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+            if self._coded is None:
+                self._coded = frame.width, frame.height
+            elif self._coded != (frame.width, frame.height):  # a stream may change its size: keep the first
+                frame = frame.reformat(*self._coded)
             yield Frame(time, frame, None if matrix is None else _matrix(matrix))
 
     def _beyond(self, time: float) -> bool:

@@ -161,6 +161,21 @@ def test_truncated_stream_is_read_to_its_end(tmp_path):
         assert times == pytest.approx([i / 30 for i in range(len(times))], abs=0.0011)
 
 
+def test_size_that_changes_on_the_way(tmp_path):
+    """Two streams one after the other, as a broadcast may have: all frames come in the first size, times go on."""
+    data = b""
+    for number, size in enumerate(((48, 64), (96, 80))):
+        part = tmp_path / f"{number}.ts"
+        write_video(part, [i / 30 for i in range(20)], height=size[0], width=size[1])
+        data += part.read_bytes()
+    (tmp_path / "both.ts").write_bytes(data)
+    with Video(tmp_path / "both.ts") as video:
+        frames = [(frame.time, frame.rgb().shape) for frame in video.frames()]
+    assert len(frames) == 40
+    assert {shape for _, shape in frames} == {(48, 64, 3)}
+    assert [time for time, _ in frames] == pytest.approx([i / 30 for i in range(40)], abs=0.05)
+
+
 def write_audio(path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)

@@ -149,7 +149,7 @@ def _print(document: dict, built: Built, found: Result) -> None:
     console.print(cost)
     last = document["cost"][-1]
     times = last["seconds_reference"] / last["seconds_kernels"]
-    console.print(f"at keep rate {rate:g} the kernels take 1/{times:.1f} of plain PyTorch's time\n")
+    console.print(f"at keep rate {rate:g} plain PyTorch takes {times:.1f} times as long as the kernels\n")
 
     people = table("People found", "time", "score", "x1  y1  x2  y2 (%)", "actions")
     people.columns[3].justify = "left"

@@ -44,7 +44,7 @@ Writes to the --out folder, for a video called party.mp4:
                           every box (as the released evaluation: where nobody reaches --threshold, of all boxes)
   party.detections.json   the people who reach --threshold, with their best actions, and what was run
 
-Ctrl-C stops after the clip under way and leaves these files whole up to there.
+The annotated video has no sound. Ctrl-C stops after the clip under way and leaves these files whole up to there.
 """
 
 
@@ -285,9 +285,9 @@ def _run_model(built: Built, clip: Clip, threshold: float) -> _Found:
 
 
 def _people(found: _Found, threshold: float, labels: tuple[str, ...], top: int, random: bool) -> list[_Person]:
-    """Who reaches the threshold, highest score first; of random weights, which seldom reach it, the best three."""
+    """Who reaches the threshold, highest score first. Of random weights, which tell nobody apart: the best three."""
     order = sorted(range(len(found.scores)), key=lambda row: -found.scores[row])
-    rows = [row for row in order if found.scores[row] >= threshold] or (order[:3] if random else [])
+    rows = order[:3] if random else [row for row in order if found.scores[row] >= threshold]
     people = []
     for row in rows:
         scores = found.actions[row]
