@@ -1,0 +1,65 @@
+"""The cost of a detector: the paper's Tables 2, 3, 4 and 6, by counting."""
+
+import pytest
+import torch
+
+from evad import EVAD, EVADConfig
+from evad.profile import PARTS, measure, profile
+
+# GFLOPs in the paper, and more exactly by its convention.
+PAPER = {
+    ("vit_b", 224, 1.0): (223.8, 223.819),
+    ("vit_b", 224, 0.9): (186.3, 186.292),
+    ("vit_b", 224, 0.8): (157.0, 157.007),
+    ("vit_b", 224, 0.7): (134.2, 134.169),
+    ("vit_b", 224, 0.6): (116.3, 116.267),
+    ("vit_b", 256, 1.0): (311.9, 311.885),
+    ("vit_b", 256, 0.7): (182.3, 182.327),
+    ("vit_b", 288, 1.0): (424.5, 424.528),
+    ("vit_b", 288, 0.9): (346.3, 346.296),
+    ("vit_b", 288, 0.8): (287.4, 287.381),
+    ("vit_b", 288, 0.7): (242.8, 242.780),
+    ("vit_b", 288, 0.6): (208.9, 208.880),
+    ("vit_l", 224, 1.0): (707.9, 707.898),
+    ("vit_l", 224, 0.7): (409.4, 409.419),
+    ("vit_l", 288, 0.7): (737.0, 737.114),
+}
+
+
+@pytest.mark.parametrize(("preset", "size", "keep_rate"), PAPER)
+def test_reproduces_the_papers_gflops(preset, size, keep_rate):
+    paper, exact = PAPER[preset, size, keep_rate]
+    cost = profile(getattr(EVADConfig, preset)(keep_rate), (size, size))
+    assert cost.gflops_paper == pytest.approx(paper, rel=3e-3)
+    assert cost.gflops_paper == pytest.approx(exact, rel=1e-4)
+    assert list(cost.gflops_by_part) == list(PARTS)
+    assert sum(cost.gflops_by_part.values()) == pytest.approx(cost.gflops)
+    # What is not executed: the projection of rows that a pruning block drops.
+    config = getattr(EVADConfig, preset)()
+    kept = [(size // 16) ** 2 * 8, *(cost.tokens[block] for block in config.pruning_blocks)]
+    dropped = kept[0] - kept[-1]
+    assert cost.gflops_paper - cost.gflops == pytest.approx(dropped * config.width**2 / 1e9, abs=1e-9)
+
+
+def test_tokens_and_parameters():
+    cost = profile(EVADConfig.vit_b(1.0), keep_rate=0.7)
+    assert cost.tokens == (*[1568] * 3, *[1098] * 3, *[769] * 3, *[539] * 3)
+    assert cost.parameters == pytest.approx(185.36e6, rel=1e-4)
+    assert cost.gflops_by_part["patch_embed"] == pytest.approx(1568 * 768 * 3 * 2 * 16 * 16 / 1e9)
+    assert profile(EVADConfig.vit_b(1.0)).tokens == (1568,) * 12
+
+
+def test_profiles_a_model_without_touching_it():
+    model = EVAD(EVADConfig.tiny(0.6))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cost = profile(model, (96, 130), 0.8)
+    assert cost.tokens[-1] == profile(model.config, (96, 144), 0.8).tokens[-1]
+    assert model.config.keep_rate == 0.6 and model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_measure():
+    block = 64 * 2**20
+    result = measure(lambda: torch.ones(block // 4).sum(), repeats=3)
+    assert 0 < result.seconds_p20 <= result.seconds <= result.seconds_p80
+    assert result.peak_bytes is None or 0.5 * block < result.peak_bytes < 4 * block
