@@ -1,10 +1,10 @@
 // keyframe attention on tiles (AMX) for bfloat16, D up to 256: 16 x 16 products of bfloat16 summed in float.
 // Forward, 32 query rows against 32 keys at a time: logits (tiles) > 2^x (vectors) > times V (tiles). Only the float
-// probabilities of the 32 rows, 128 N bytes, stay in the second-level cache until their sums are known: then they are added,
-// normalised, to the column sum. Backward: 128 query rows against 32 keys, twice: first the row terms, then the gradients.
-// Probabilities and logit gradients enter a product as two bfloat16, high and low: one alone misses the rule of accuracy in
-// 1-5 % of random cases; with both the results round as the reference's do.
-// Taking turns at tile and vector work is as fast as weaving them: near tile work the core multiplies floats at half its rate.
+// probabilities of the 32 rows, 128 N bytes, stay in the second-level cache until their sums are known: then they are
+// added, normalised, to the column sum. Backward: 128 query rows against 32 keys, twice: the row terms, the gradients.
+// Probabilities and logit gradients enter a product as two bfloat16, high and low: one alone breaks the rule of accuracy
+// in 1-5 % of random cases; with both the results round as the reference's do.
+// Taking turns at tile and vector work is as fast as weaving them: near tile work the core multiplies floats at half rate.
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -18,6 +18,7 @@ namespace {
 constexpr int kBlock = 32;          // rows, keys and columns of a block: 2 x 2 tiles
 constexpr int kBlockValues = kBlock * kBlock;
 constexpr int kTileBytes = 1024;    // 16 rows of 64 bytes
+constexpr int kGroup = 2;           // blocks of keys whose probabilities are multiplied with V at once
 constexpr int kQueries = 128;       // query rows that the backward handles at once
 constexpr int kHalf = kBlock * kBlock * 2;      // bytes of a block of bfloat16
 constexpr float kMaxExponent = 32.0f;  // where |logits| are surely below it (log2), the row maximum is not needed
@@ -73,6 +74,16 @@ inline void dot_2x2(const char* a, int64_t a_stride, const char* b) {
   tile_load<7>(b + kTileBytes, 64);
   tile_dot<0, 4, 6>();
   tile_load<5>(a + 16 * a_stride, a_stride);
+  tile_dot<1, 4, 7>();
+  tile_dot<2, 5, 6>();
+  tile_dot<3, 5, 7>();
+}
+// The same with A = high + low.
+inline void dot_2x2(const char* high, const char* low, int64_t a_stride, const char* b) {
+  dot_2x2(high, a_stride, b);
+  tile_load<4>(low, a_stride);
+  tile_dot<0, 4, 6>();
+  tile_load<5>(low + 16 * a_stride, a_stride);
   tile_dot<1, 4, 7>();
   tile_dot<2, 5, 6>();
   tile_dot<3, 5, 7>();
@@ -157,8 +168,8 @@ __m512 pack_transposed(const Rows& rows, int64_t begin, char* tiles) {
 
 // As right operands of X rows: a tile has 16 of the columns, its row the pair of rows n and n + 16 (as upper_halves).
 void pack_pairs(const Rows& rows, int64_t begin, char* tiles) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
+                                       39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t d = 0; d < rows.D; d += 32)
     for (int n = 0; n < 16; ++n) {
@@ -192,7 +203,8 @@ void pack_rows(const Rows& rows, int64_t begin, char* packed) {
 void write_row(const __m512* values, __m512 factor, int64_t D, void* to) {  // D values, 16 a vector
   for (int64_t d = 0; d < D; d += 32, values += 2) {
     const __m512 low = _mm512_mul_ps(values[0], factor), high = _mm512_mul_ps(values[1], factor);
-    _mm512_mask_storeu_epi16(static_cast<uint16_t*>(to) + d, first_lanes(D - d), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    _mm512_mask_storeu_epi16(static_cast<uint16_t*>(to) + d, first_lanes(D - d), both);
   }
 }
 
@@ -201,8 +213,8 @@ inline __m512i upper_halves(__m512 a, __m512 b) {
   return _mm512_ternarylogic_epi32(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b, _mm512_set1_epi32(0xffff0000), 0xf8);
 }
 
-// a and b as bfloat16 high + low, exact to 2^-16. Both are cut, not rounded; the factor makes up for the mean loss, and keeps
-// low from being 0, so that a product with infinity stays infinite.
+// a and b as bfloat16 high + low, exact to 2^-16. Both are cut, not rounded; the factor makes up for the mean loss, and
+// keeps low from being 0, so that a product with infinity stays infinite.
 inline void split(__m512 a, __m512 b, char* high, char* low) {
   const __m512i upper = _mm512_set1_epi32(0xffff0000);
   const __m512 factor = _mm512_set1_ps(1.0f + 0x1p-17f);
@@ -212,8 +224,8 @@ inline void split(__m512 a, __m512 b, char* high, char* low) {
   _mm512_store_si512(low, upper_halves(a_low, b_low));
 }
 
-// 2^t in the masked lanes, else 0. Minimax of degree 5 on [0, 1] with exact ends, so it is continuous and 2^0 is 1; relative
-// error 1e-7 (1.5e-7 with rounding). reduce and scalef do the rest, also for infinities and NaN.
+// 2^t in the masked lanes, else 0. Minimax of degree 5 on [0, 1] with exact ends, so it is continuous and 2^0 is 1;
+// relative error 1e-7 (1.5e-7 with rounding). reduce and scalef do the rest, also for infinities and NaN.
 inline __m512 exp2_ps(__mmask16 mask, __m512 t) {
   const __m512 fraction = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 y = _mm512_set1_ps(0.0018793197814375162f);
@@ -247,7 +259,7 @@ struct ForwardWorkspace {
   char *key, *value;   // [block, D / 32] pairs of tiles: transposed; pairs
   char* query;         // [32, D]
   float* probability;  // [block, 32, 32]: logits, then not yet normalised probabilities
-  char* split;         // [2, 32, 32]: the current block of them as high and low
+  char* split;         // [2, high and low, 32, 32]: the current group of them
   float* output;       // [D / 32, 32, 32], not yet normalised
   float *sum, *shift, *weight;  // [32, 16], [32], [32]
   size_t bytes;
@@ -260,7 +272,7 @@ struct ForwardWorkspace {
     value = arena.take(blocks * kBlock * padded_D * 2);
     query = arena.take(kBlock * padded_D * 2);
     probability = arena.take<float>((blocks + 1) * kBlockValues);
-    split = arena.take(2 * kHalf);
+    split = arena.take(kGroup * 2 * kHalf);
     output = arena.take<float>(kBlock * padded_D);
     sum = arena.take<float>(kBlock * 16);
     shift = arena.take<float>(kBlock);
@@ -305,7 +317,7 @@ struct ForwardRows {
     const __mmask32 mask = first_lanes(N - n * kBlock);
     const __mmask16 first = mask, second = mask >> 16;
     float *p = block(n), *sum = w.sum;
-    char* to = w.split;
+    char* to = w.split + n % kGroup * 2 * kHalf;
 #pragma GCC unroll 4
     for (int row = 0; row < kBlock; ++row, p += kBlock, sum += 16, to += 2 * kBlock) {
       const __m512 shift = _mm512_set1_ps(w.shift[row]);
@@ -320,13 +332,15 @@ struct ForwardRows {
     }
   }
 
-  void add_output(int64_t n) const {
+  // Blocks begin .. end - 1 of keys, of one group.
+  void add_output(int64_t begin, int64_t end) const {
     for (int64_t k = 0; k < slices; ++k) {
       float* output = w.output + k * kBlockValues;
-      const char* value = w.value + (n * slices + k) * 2 * kTileBytes;
-      load_2x2(output, n == 0);
-      dot_2x2(w.split, 2 * kBlock, value);
-      dot_2x2(w.split + kHalf, 2 * kBlock, value);
+      load_2x2(output, begin == 0);
+      for (int64_t n = begin; n < end; ++n) {
+        const char* high = w.split + n % kGroup * 2 * kHalf;
+        dot_2x2(high, high + kHalf, 2 * kBlock, w.value + (n * slices + k) * 2 * kTileBytes);
+      }
       store_2x2(output);
     }
   }
@@ -338,7 +352,7 @@ struct ForwardRows {
     for (int64_t n = 0; n < blocks; ++n) {
       if (n + 1 < blocks) logits(n + 1, block(n + 1));
       exponentials(n);
-      add_output(n);
+      if ((n + 1) % kGroup == 0 || n + 1 == blocks) add_output(n / kGroup * kGroup, n + 1);
     }
   }
 };
@@ -552,14 +566,13 @@ struct BackwardRows {
     }
   }
 
-  // sum += left^T-shaped [32 keys, queries] times right [queries, 32 columns], for each 32 columns.
+  // sum += left [32 keys, queries] times right [queries, D], 32 columns at a time.
   void add_product(const char* left, const char* right, float* sum) const {
     for (int64_t k = 0; k < slices; ++k) {
       load_2x2(sum + k * kBlockValues, first);
       for (int part = 0; part < parts; ++part) {
-        const char* tiles = right + (part * slices + k) * 2 * kTileBytes;
-        dot_2x2(left + 64 * part, kStride, tiles);
-        dot_2x2(left + 64 * part + kLow, kStride, tiles);
+        const char* high = left + 64 * part;
+        dot_2x2(high, high + kLow, kStride, right + (part * slices + k) * 2 * kTileBytes);
       }
       store_2x2(sum + k * kBlockValues);
     }
