@@ -48,8 +48,11 @@ def build(device, B, boxes, dtype, backward=False):
         return output.unflatten(0, boxes.shape[:2])
 
     def separable(features, rows, stride):
+        # Clip by clip: for boxes of mixed clips the reference would copy a map for every box.
+        clips = [(features[b : b + 1], rows[rows[:, 0] == b][None, :, 1:]) for b in range(B)]
         with evad_kernels.use_backend("reference"):
-            return evad_kernels.pyramid_roi_align([features], rows, strides=(stride,))
+            parts = [evad_kernels.pyramid_roi_align([clip], own, strides=(stride,))[0] for clip, own in clips]
+        return torch.cat(parts)
 
     def torchvision(features, rows, stride):
         align = roi_align(features.float(), rows, 7, spatial_scale=1 / stride, sampling_ratio=2, aligned=True)
