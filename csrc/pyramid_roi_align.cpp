@@ -70,8 +70,9 @@ class Cells {
  public:
   using F = accumulate_t<T>;
 
-  Cells(const Pyramid& pyramid, const BoxesByImage& by_image, const Weights<F>& weights, int threads)
-      : levels_(pyramid.count), row_(pyramid.B * pyramid.count) {
+  Cells(const Pyramid& pyramid, const BoxesByImage& by_image, const Weights<F>& weights, const RoiKernels<F>& kernels,
+        int threads)
+      : kernels_(kernels), levels_(pyramid.count), row_(pyramid.B * pyramid.count) {
     for (int64_t b = 0; b < pyramid.B; ++b) {
       // Rows [top, bottom) of each level that the image's boxes touch.
       std::vector<int64_t> top(levels_), bottom(levels_, 0);
@@ -108,19 +109,34 @@ class Cells {
     F* const copy = copies_.emplace_back(new F[(bottom - top) * level.w * C]).get();
     for (int64_t y = top; y < bottom; ++y)
       for (int64_t x = 0; x < level.w; ++x) row[y * level.w + x] = copy + ((y - top) * level.w + x) * C;
-    // Squares of 16 x 16 keep both sides in the first-level cache.
-    constexpr int64_t kSquare = 16;
-    parallel_for(bottom - top, threads, [&](int64_t y) {
-      const T* const in_row = from + (top + y) * level.stride_h;
-      F* const to = copy + y * level.w * C;
-      for (int64_t c0 = 0; c0 < C; c0 += kSquare)
-        for (int64_t x0 = 0; x0 < level.w; x0 += kSquare)
-          for (int64_t x = x0; x < std::min(level.w, x0 + kSquare); ++x)
-            for (int64_t c = c0; c < std::min(C, c0 + kSquare); ++c)
-              to[x * C + c] = to_float(in_row[c * level.stride_c + x * level.stride_w]);
+    // Rows that follow each other in memory are one run of cells.
+    const bool one_run = level.stride_h == level.w * level.stride_w;
+    const int64_t run = one_run ? (bottom - top) * level.w : level.w, runs = one_run ? 1 : bottom - top;
+    const int64_t pieces = (run + kCells - 1) / kCells;
+    parallel_for(runs * pieces, threads, [&](int64_t task) {
+      const int64_t row = task / pieces, begin = task % pieces * kCells, count = std::min(kCells, run - begin);
+      const T* const first = from + (top + row) * level.stride_h + begin * level.stride_w;
+      F* const to = copy + (row * run + begin) * C;
+      for (int64_t c = 0; c < C; c += kChannels)
+        turn(first + c * level.stride_c, level.stride_c, level.stride_w, std::min(kChannels, C - c), count, to + c, C);
     });
   }
 
+  // to[cell * C + c] = from[c * stride_c + cell * stride_w]
+  void turn(const T* from, int64_t stride_c, int64_t stride_w, int64_t channels, int64_t cells, F* to, int64_t C) const {
+    if constexpr (std::is_same_v<T, F>) {
+      if (stride_w == 1) return kernels_.transpose(from, stride_c, channels, cells, to, C);
+    }
+    F tile[kChannels * kCells];
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t cell = 0; cell < cells; ++cell)
+        tile[c * kCells + cell] = to_float(from[c * stride_c + cell * stride_w]);
+    kernels_.transpose(tile, kCells, channels, cells, to, C);
+  }
+
+  static constexpr int64_t kCells = 64, kChannels = 16;  // a tile stays in the first-level cache
+
+  RoiKernels<F> kernels_;
   int64_t levels_;
   std::vector<std::vector<const F*>> row_;
   std::vector<std::unique_ptr<F[]>> copies_;
@@ -136,18 +152,23 @@ void pyramid_roi_align_forward(const Pyramid& pyramid, const RoiBoxes& boxes, co
   if (boxes.R == 0 || pyramid.C == 0) return;
   const RoiKernels<F> kernels = roi_kernels<F>();
   const Weights<F> weights(pyramid, boxes, sampling, threads);
-  const Cells<T> cells(pyramid, BoxesByImage(boxes, pyramid.B), weights, threads);
+  const Cells<T> cells(pyramid, BoxesByImage(boxes, pyramid.B), weights, kernels, threads);
   const int64_t bins = sampling.oh * sampling.ow, panel = kernels.panel;
   const int64_t panels = (pyramid.C + panel - 1) / panel, tile = bins * panel;
   parallel_for_with_workspace<F>(
-      panels * boxes.R, tile + roi_workspace(weights.shape(0), panel), threads, [&](int64_t task, F* workspace) {
+      panels * boxes.R, 2 * tile + roi_workspace(weights.shape(0), panel), threads, [&](int64_t task, F* workspace) {
         const int64_t r = task % boxes.R, begin = task / boxes.R * panel, count = std::min(panel, pyramid.C - begin);
         const int64_t b = BoxesByImage::image(boxes, pyramid.B, r), l = weights.level(r);
         kernels.bins(weights.shape(pyramid.level[l].w), weights.of(r), cells.of(b, l), begin, count, workspace,
-                     workspace + tile);
+                     workspace + 2 * tile);
         T* const to = samples + (r * pyramid.C + begin) * bins;
-        for (int64_t c = 0; c < count; ++c)
-          for (int64_t bin = 0; bin < bins; ++bin) to[c * bins + bin] = from_float<T>(workspace[bin * count + c]);
+        if constexpr (std::is_same_v<T, F>) {
+          kernels.transpose(workspace, count, bins, count, to, bins);
+        } else {
+          F* const turned = workspace + tile;
+          kernels.transpose(workspace, count, bins, count, turned, bins);
+          for (int64_t i = 0; i < count * bins; ++i) to[i] = from_float<T>(turned[i]);
+        }
       });
 }
 
@@ -165,7 +186,7 @@ void pyramid_roi_align_backward(const Pyramid& pyramid, const RoiBoxes& boxes, c
   int64_t largest = 0;
   for (int64_t l = 0; l < pyramid.count; ++l) largest = std::max(largest, pyramid.level[l].h * pyramid.level[l].w);
   parallel_for_with_workspace<F>(
-      pyramid.count * pyramid.B * panels, largest * panel + tile + roi_workspace(weights.shape(0), panel), threads,
+      pyramid.count * pyramid.B * panels, largest * panel + 2 * tile + roi_workspace(weights.shape(0), panel), threads,
       [&](int64_t task, F* workspace) {
         const int64_t l = task % pyramid.count, b = task / pyramid.count / panels;
         const int64_t begin = task / pyramid.count % panels * panel, count = std::min(panel, pyramid.C - begin);
@@ -178,9 +199,14 @@ void pyramid_roi_align_backward(const Pyramid& pyramid, const RoiBoxes& boxes, c
           const int64_t r = by_image.order[i];
           if (weights.level(r) != l) continue;
           const T* const from = grad_samples + (r * pyramid.C + begin) * bins;
-          for (int64_t c = 0; c < count; ++c)
-            for (int64_t bin = 0; bin < bins; ++bin) grad_bins[bin * count + c] = to_float(from[c * bins + bin]);
-          kernels.grad_bins(weights.shape(level.w), weights.of(r), grad_bins, count, grad_cells, grad_bins + tile);
+          if constexpr (std::is_same_v<T, F>) {
+            kernels.transpose(from, bins, count, bins, grad_bins, count);
+          } else {
+            F* const arriving = grad_bins + tile;
+            for (int64_t i = 0; i < count * bins; ++i) arriving[i] = to_float(from[i]);
+            kernels.transpose(arriving, bins, count, bins, grad_bins, count);
+          }
+          kernels.grad_bins(weights.shape(level.w), weights.of(r), grad_bins, count, grad_cells, grad_bins + 2 * tile);
         }
         T* const to = static_cast<T*>(level.data) + (b * pyramid.C + begin) * cells;
         for (int64_t c = 0; c < count; ++c)

@@ -53,6 +53,8 @@ struct RoiKernels {
                     F* workspace);
   // 0 if all values are finite, else NaN
   F (*zero_if_finite)(const F* values, int64_t count);
+  // to[column * to_stride + row] = from[row * from_stride + column]
+  void (*transpose)(const F* from, int64_t from_stride, int64_t rows, int64_t columns, F* to, int64_t to_stride);
 };
 
 namespace baseline {

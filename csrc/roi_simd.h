@@ -247,11 +247,68 @@ void grad_bins(const RoiShape& shape, const RoiBox<F>& box, const F* grad_sample
   });
 }
 
+// A square of kLanes x kLanes in registers: step s swaps the quarters of every 2s x 2s square.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define EVAD_REGISTER_TRANSPOSE
+#endif
+#endif
+#if defined(EVAD_REGISTER_TRANSPOSE)
+template <int... Lane>
+struct Lanes {};
+template <int N, int... Lane>
+struct LanesTo : LanesTo<N - 1, N - 1, Lane...> {};
+template <int... Lane>
+struct LanesTo<0, Lane...> {
+  using type = Lanes<Lane...>;
+};
+
+template <int S, class V, int... Lane>
+EVAD_INLINE void swap_quarters(V& upper, V& lower, Lanes<Lane...>) {
+  constexpr int N = sizeof...(Lane);
+  const V a = upper, b = lower;
+  upper = __builtin_shufflevector(a, b, ((Lane & S) ? N + Lane - S : Lane)...);
+  lower = __builtin_shufflevector(a, b, ((Lane & S) ? N + Lane : Lane + S)...);
+}
+
+template <int S, int N, class V>
+EVAD_INLINE void swap_all_quarters(V* row) {
+  if constexpr (S < N) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      if (!(i & S)) swap_quarters<S>(row[i], row[i + S], typename LanesTo<N>::type{});
+    swap_all_quarters<2 * S, N>(row);
+  }
+}
+#endif
+
+template <class F>
+void transpose(const F* from, int64_t from_stride, int64_t rows, int64_t columns, F* to, int64_t to_stride) {
+  int64_t whole_rows = 0, whole_columns = 0;
+#if defined(EVAD_REGISTER_TRANSPOSE)
+  using L = Vectors<F, 1>;
+  constexpr int N = static_cast<int>(L::kLanes);
+  whole_rows = rows / N * N, whole_columns = columns / N * N;
+  for (int64_t r = 0; r < whole_rows; r += N)
+    for (int64_t c = 0; c < whole_columns; c += N) {
+      typename L::V row[N];
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) row[i] = L::load(from + (r + i) * from_stride + c);
+      swap_all_quarters<1, N>(row);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) L::store(to + (c + i) * to_stride + r, row[i]);
+    }
+#endif
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
+      to[c * to_stride + r] = from[r * from_stride + c];
+}
+
 }  // namespace
 
 template <class F>
 RoiKernels<F> roi_kernels() {
-  return {Vectors<F, EVAD_VECTORS>::kChannels, bins<F>, largest<F>, grad_bins<F>, zero_if_finite<F>};
+  return {Vectors<F, EVAD_VECTORS>::kChannels, bins<F>, largest<F>, grad_bins<F>, zero_if_finite<F>, transpose<F>};
 }
 template RoiKernels<float> roi_kernels<float>();
 template RoiKernels<double> roi_kernels<double>();

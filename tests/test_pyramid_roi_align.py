@@ -232,7 +232,22 @@ def test_special_features_reach_the_bins_that_touch_them(backend, value):
     assert not samples[0, 1].isfinite().all() and samples[0, 1, 5:].isfinite().all()
 
 
-HOSTILE = [math.nan, math.inf, -math.inf, 1e30, -1e30, 3.4e38, -3.4e38, 2**31, -(2**31), 0.0, -0.0, 1e-30, 50.0, 17.25]
+HOSTILE = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e30,
+    -1e30,
+    3.4e38,
+    -3.4e38,
+    2.0**31,
+    -(2.0**31),
+    0.0,
+    -0.0,
+    1e-30,
+    50.0,
+    17.25,
+]
 
 
 @settings(max_examples=30, deadline=None)

@@ -371,7 +371,22 @@ def test_gradient_of_nan_goes_to_the_first_bin_that_has_it():
     torch.testing.assert_close(grads["cpu"], grads["reference"], atol=1e-5, rtol=1e-5)
 
 
-HOSTILE = [math.nan, math.inf, -math.inf, 1e30, -1e30, 3.4e38, -3.4e38, 2**31, -(2**31), 0.0, -0.0, 1e-30, 50.0, 17.25]
+HOSTILE = [
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e30,
+    -1e30,
+    3.4e38,
+    -3.4e38,
+    2.0**31,
+    -(2.0**31),
+    0.0,
+    -0.0,
+    1e-30,
+    50.0,
+    17.25,
+]
 
 
 @settings(max_examples=40, deadline=None)
