@@ -1,6 +1,7 @@
 // roi_align_3d: one task a (panel of channels, box). roi_pool_3d: one task a (panel, 16 boxes), which takes the frames one
-// after the other: the panel of a frame about fills the first-level cache, so boxes find each other's cells there. Backward: one task a (panel of channels, frame), which owns its cells and
-// goes through the boxes in order: no sum depends on the number of threads, and nothing is added atomically.
+// after the other: the panel of a frame about fills the first-level cache, so boxes find each other's cells there.
+// Backward: one task a (panel of channels, frame), which owns its cells and goes through the boxes in order: no sum depends
+// on the number of threads, and nothing is added atomically.
 #include "roi_align_3d.h"
 
 #include <algorithm>
@@ -82,18 +83,6 @@ class Cells {
   }
   const F* const* of(int64_t b) const { return row_.data() + b * cells_; }
 
-  // Whether no cell holds a NaN or an infinity. Each is read once, by a hundred boxes later.
-  bool finite(const RoiKernels<F>& kernels, int64_t C, int threads) const {
-    constexpr int64_t kRun = 64;
-    const int64_t rows = static_cast<int64_t>(row_.size()), runs = (rows + kRun - 1) / kRun;
-    std::vector<char> finite(runs, 1);
-    parallel_for(runs, threads, [&](int64_t run) {
-      for (int64_t row = run * kRun; row < std::min(rows, (run + 1) * kRun); ++row)
-        if (row_[row] != zeros_.data() && !(kernels.zero_if_finite(row_[row], C) == 0)) finite[run] = 0;
-    });
-    return std::find(finite.begin(), finite.end(), 0) == finite.end();
-  }
-
  private:
   int64_t cells_;
   std::vector<F> zeros_;
@@ -139,7 +128,7 @@ void roi_pool_3d_forward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes&
   const Cells<F> cells(grid, threads);
   const RoiShape& shape = weights.shape();
   const int64_t frame = grid.Gh * grid.Gw, panel = kernels.panel, panels = (grid.C + panel - 1) / panel;
-  const bool bytes = shape.oh * shape.ow <= kBytesBins, finite = cells.finite(kernels, grid.C, threads);
+  const bool bytes = shape.oh * shape.ow <= kBytesBins;
   const int64_t groups = (boxes.R + kBoxes - 1) / kBoxes;
   parallel_for_with_workspace<F>(
       panels * groups, (kBoxes + 1) * panel + roi_workspace(shape, panel), threads, [&](int64_t task, F* workspace) {
@@ -153,7 +142,7 @@ void roi_pool_3d_forward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes&
           for (int64_t r = first; r < last; ++r) {
             const F* const* const cell = cells.of(BoxesByImage::image(boxes, grid.B, r)) + t * frame;
             F* const sum = sums + (r - first) * count;
-            kernels.largest(shape, weights.of(r, t), cell, finite, begin, count, sum, index, rest);
+            kernels.largest(shape, weights.of(r, t), cell, begin, count, sum, index, rest);
             const int64_t at = (r * grid.T + t) * grid.C + begin;
             if (largest && bytes)
               for (int64_t c = 0; c < count; ++c) static_cast<uint8_t*>(largest)[at + c] = static_cast<uint8_t>(index[c]);

@@ -44,15 +44,12 @@ struct RoiKernels {
   // samples[bin * count + c] = bin of the box
   void (*bins)(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, int64_t count,
                F* samples, F* workspace);
-  // sum[c] += largest bin; the first of equal ones goes to index[c] if that is not null. A NaN is the largest; it is looked
-  // for, which takes time, unless all features are known to be finite.
-  void (*largest)(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, bool finite, int64_t begin,
-                  int64_t count, F* sum, int32_t* index, F* workspace);
+  // sum[c] += largest bin; the first of equal ones goes to index[c] if that is not null. A NaN is the largest.
+  void (*largest)(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, int64_t count, F* sum,
+                  int32_t* index, F* workspace);
   // grad_cells[(y * Gw + x) * count + c] += what arrives from grad_samples[bin * count + c]
   void (*grad_bins)(const RoiShape& shape, const RoiBox<F>& box, const F* grad_samples, int64_t count, F* grad_cells,
                     F* workspace);
-  // 0 if all values are finite, else NaN
-  F (*zero_if_finite)(const F* values, int64_t count);
   // to[column * to_stride + row] = from[row * from_stride + column]
   void (*transpose)(const F* from, int64_t from_stride, int64_t rows, int64_t columns, F* to, int64_t to_stride);
 };

@@ -140,62 +140,50 @@ void bins(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int
   });
 }
 
-// Exact: there may be a NaN, which is the largest. Index: tell the bin.
-template <class F, bool Exact, bool Index>
-EVAD_INLINE void largest_of(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin,
-                            int64_t count, F* sum, int32_t* index, F* workspace) {
-  for_channels<F>(count, [&](auto vectors, int64_t c) EVAD_INLINE_LAMBDA {
-    using L = decltype(vectors);
-    using V = typename L::V;
-    using I = typename L::I;
-    V best[L::kCount];
-    I which[L::kCount] = {};
+// Exact: there may be a NaN, which is the largest. Index: tell the bin. Inexact, the result is false, and nothing is
+// written, where a bin is not finite: the sum of the bins tells that for an addition a bin.
+template <class L, class F, bool Exact, bool Index>
+EVAD_INLINE bool largest_of(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, F* sum,
+                            int32_t* index, F* workspace) {
+  using V = typename L::V;
+  using I = typename L::I;
+  V best[L::kCount], total = {};
+  I which[L::kCount] = {};
 #pragma GCC unroll 4
-    for (int v = 0; v < L::kCount; ++v) best[v] = L::splat(static_cast<F>(-__builtin_inf()));
-    for_bins<L, F>(shape, box, cell, begin + c, workspace, [&](int64_t bin, const V* value) EVAD_INLINE_LAMBDA {
-      if (!Exact && !Index) {
-#pragma GCC unroll 4
-        for (int v = 0; v < L::kCount; ++v) best[v] = L::larger(value[v], best[v]);
-        return;
-      }
-      const I this_bin = L::splat_index(bin);
-#pragma GCC unroll 4
-      for (int v = 0; v < L::kCount; ++v) L::template keep<Exact>(value[v], this_bin, best[v], which[v]);
-    });
+  for (int v = 0; v < L::kCount; ++v) best[v] = L::splat(static_cast<F>(-__builtin_inf()));
+  for_bins<L, F>(shape, box, cell, begin, workspace, [&](int64_t bin, const V* value) EVAD_INLINE_LAMBDA {
+    const I this_bin = L::splat_index(bin);
 #pragma GCC unroll 4
     for (int v = 0; v < L::kCount; ++v) {
-      F* const to = sum + c + v * L::kLanes;
-      L::store(to, L::load(to) + best[v]);
-      if (Index) L::store_index(index + c + v * L::kLanes, which[v]);
+      if (!Exact) total += value[v];
+      if (!Exact && !Index)
+        best[v] = L::larger(value[v], best[v]);
+      else
+        L::template keep<Exact>(value[v], this_bin, best[v], which[v]);
     }
   });
+  if (!Exact && !(L::total(total * 0) == 0)) return false;
+#pragma GCC unroll 4
+  for (int v = 0; v < L::kCount; ++v) {
+    F* const to = sum + v * L::kLanes;
+    L::store(to, L::load(to) + best[v]);
+    if (Index) L::store_index(index + v * L::kLanes, which[v]);
+  }
+  return true;
 }
 
 template <class F>
-void largest(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, bool finite, int64_t begin,
-             int64_t count, F* sum, int32_t* index, F* workspace) {
-  if (finite && index)
-    largest_of<F, false, true>(shape, box, cell, begin, count, sum, index, workspace);
-  else if (finite)
-    largest_of<F, false, false>(shape, box, cell, begin, count, sum, index, workspace);
-  else if (index)
-    largest_of<F, true, true>(shape, box, cell, begin, count, sum, index, workspace);
-  else
-    largest_of<F, true, false>(shape, box, cell, begin, count, sum, index, workspace);
-}
-
-// 0 if all values are finite, else NaN.
-template <class F>
-F zero_if_finite(const F* values, int64_t count) {
-  F zero = 0;
+void largest(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, int64_t count, F* sum,
+             int32_t* index, F* workspace) {
   for_channels<F>(count, [&](auto vectors, int64_t c) EVAD_INLINE_LAMBDA {
     using L = decltype(vectors);
-    typename L::V product = {};
-#pragma GCC unroll 4
-    for (int v = 0; v < L::kCount; ++v) product += L::load(values + c + v * L::kLanes) * 0;
-    zero += L::total(product);
+    if (index) {
+      if (!largest_of<L, F, false, true>(shape, box, cell, begin + c, sum + c, index + c, workspace))
+        largest_of<L, F, true, true>(shape, box, cell, begin + c, sum + c, index + c, workspace);
+    } else if (!largest_of<L, F, false, false>(shape, box, cell, begin + c, sum + c, nullptr, workspace)) {
+      largest_of<L, F, true, false>(shape, box, cell, begin + c, sum + c, nullptr, workspace);
+    }
   });
-  return zero;
 }
 
 template <class F>
@@ -308,7 +296,7 @@ void transpose(const F* from, int64_t from_stride, int64_t rows, int64_t columns
 
 template <class F>
 RoiKernels<F> roi_kernels() {
-  return {Vectors<F, EVAD_VECTORS>::kChannels, bins<F>, largest<F>, grad_bins<F>, zero_if_finite<F>, transpose<F>};
+  return {Vectors<F, EVAD_VECTORS>::kChannels, bins<F>, largest<F>, grad_bins<F>, transpose<F>};
 }
 template RoiKernels<float> roi_kernels<float>();
 template RoiKernels<double> roi_kernels<double>();

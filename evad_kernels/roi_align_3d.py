@@ -116,7 +116,8 @@ def roi_pool_3d(
     )
     if _backend.choose("roi_pool_3d", tokens) == "reference":
         return _pool_reference(arguments)
-    return _pool(*_flat(arguments))[0]
+    differentiable = tokens.requires_grad or (background is not None and background.requires_grad)
+    return _pool(*_flat(arguments), torch.is_grad_enabled() and differentiable)[0]
 
 
 def roi_align_3d_reference(tokens: Tensor, position: Tensor, boxes: Tensor | Sequence[Tensor], **options) -> Tensor:
@@ -241,17 +242,19 @@ def _align_fake(tokens, background, position, corners, batch, grid, output, *_):
     return tokens.new_empty(corners.shape[0], tokens.shape[2], grid[0], *output)
 
 
-def _pool_cpu(tokens, background, position, *sampling):
-    pooled, largest = _pool_fake(tokens, background, position, *sampling)
+def _pool_cpu(tokens, background, position, *sampling_and_flag):
+    sampling = sampling_and_flag[:-1]
+    pooled, largest = _pool_fake(tokens, background, position, *sampling_and_flag)
+    # An empty tensor has the address 0: then the bins are not told.
     _run(_backend.native.roi_pool_3d_forward, "roi_pool_3d", tokens, background, position, sampling, pooled, largest)
     return pooled, largest
 
 
-def _pool_fake(tokens, background, position, corners, batch, grid, output, *_):
-    """pooled [R, C] and the bin of the largest sample, [R, T, C]: bytes if they can tell the bins."""
+def _pool_fake(tokens, background, position, corners, batch, grid, output, scale, samples, aligned, save_largest):
+    """pooled [R, C] and the bin of the largest sample, [R, T, C] (bytes if they can tell the bins), or [0]."""
     R, C = corners.shape[0], tokens.shape[2]
     index = torch.uint8 if math.prod(output) <= 256 else torch.int32
-    return tokens.new_empty(R, C), tokens.new_empty(R, grid[0], C, dtype=index)
+    return tokens.new_empty(R, C), tokens.new_empty((R, grid[0], C) if save_largest else (0,), dtype=index)
 
 
 def _backward_cpu(grad, largest, position, *sampling_and_fill):
@@ -288,16 +291,19 @@ def _backward_fake(grad, largest, position, corners, batch, grid, *sampling_and_
 
 
 def _setup_context(ctx, inputs, output):
-    _, background, position, corners, batch, *ctx.sampling = inputs
+    _, background, position, corners, batch, *sampling = inputs
+    ctx.sampling, ctx.num_inputs = sampling[:5], len(inputs)
     ctx.background_ndim = 0 if background is None else background.ndim
     largest = output[1] if isinstance(output, (tuple, list)) else None
     ctx.save_for_backward(largest, position, corners, batch)
 
 
 def _backward(ctx, grad, *_):
+    if ctx.saved_tensors[0] is not None and ctx.saved_tensors[0].ndim == 1:
+        raise RuntimeError("roi_pool_3d: save_largest must be true for a backward, got false")
     background_ndim = ctx.background_ndim if ctx.needs_input_grad[1] else 0
     grad_tokens, grad_background = _roi_3d_backward(grad, *ctx.saved_tensors, *ctx.sampling, background_ndim)
-    return grad_tokens, grad_background if background_ndim else None, *[None] * (3 + len(ctx.sampling))
+    return grad_tokens, grad_background if background_ndim else None, *[None] * (ctx.num_inputs - 2)
 
 
 _roi_3d_backward = register(
@@ -314,7 +320,8 @@ _align = register(
     setup_context=_setup_context,
 )
 _pool = register(
-    f"roi_pool_3d(Tensor tokens, Tensor? background, Tensor position, {_SAMPLING}) -> (Tensor, Tensor)",
+    f"roi_pool_3d(Tensor tokens, Tensor? background, Tensor position, {_SAMPLING}, bool save_largest)"
+    " -> (Tensor, Tensor)",
     cpu=_pool_cpu,
     fake=_pool_fake,
     backward=_backward,

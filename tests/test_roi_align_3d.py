@@ -207,7 +207,18 @@ def test_registration():
             leaf = tokens.clone().requires_grad_()
             for index in (None, batch):
                 op = getattr(torch.ops.evad_kernels, name).default
-                assert_registered(op, leaf, blank, position, corners, index, *sampling)
+                flag = (True,) if name == "roi_pool_3d" else ()
+                assert_registered(op, leaf, blank, position, corners, index, *sampling, *flag)
+    op = torch.ops.evad_kernels.roi_pool_3d.default
+    assert_registered(op, tokens, None, position, corners, batch, *sampling, False)
+    with pytest.raises(RuntimeError, match="save_largest must be true"):
+        op(tokens.clone().requires_grad_(), None, position, corners, batch, *sampling, False)[0].sum().backward()
+
+
+def test_inference_gives_the_bits_of_training():
+    tokens, position, boxes, _, options = make("odd")
+    trained = roi_pool_3d(tokens.clone().requires_grad_(), position, boxes, **options)
+    assert torch.equal(roi_pool_3d(tokens, position, boxes, **options), trained)
 
 
 @pytest.mark.parametrize("op", OPS)
