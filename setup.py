@@ -1,7 +1,7 @@
 """Builds the native module: calls CMake (CMakeLists.txt is the only description of the native build).
 
 Without a C++ compiler the package still installs: the reason is written beside the package, where
-``evad_kernels.backends()`` reads it, and operators fall back to plain PyTorch.
+``evad_kernels.backends()`` reads it, and ops fall back to plain PyTorch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class CMakeBuild(build_ext):
         note = target.parent / MISSING
         reason = missing_compiler()
         if reason is not None:
-            message = f"{reason}; installing without native kernels (Triton and plain PyTorch only)"
+            message = f"{reason}; installing without native kernels: ops run in plain PyTorch"
             print(f"evad_kernels: WARNING: {message}", file=sys.stderr)
             note.write_text(reason + "\n")
             return

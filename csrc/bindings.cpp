@@ -49,6 +49,12 @@ struct Cuda {
 // Every kernel runs without the GIL.
 using NoGil = py::call_guard<py::gil_scoped_release>;
 
+void bind_cpu_isa(py::module_& m) {
+  m.def("cpu_isa", [] { return isa_name(cpu_isa()); });
+  m.def("detected_isa", [] { return isa_name(detected_isa()); });
+  m.def("set_isa_cap", &set_isa_cap);
+}
+
 template <class Device>
 void bind_cell_map(py::module_& m) {
   m.def(
@@ -158,9 +164,6 @@ HeadRows head_rows(const PackedRows& packed) {
 }
 
 void bind_keyframe_attention(py::module_& m) {
-  m.def("cpu_isa", [] { return isa_name(cpu_isa()); });
-  m.def("detected_isa", [] { return isa_name(detected_isa()); });
-  m.def("set_isa_cap", &set_isa_cap);
   m.def(
       "keyframe_attention_forward",
       [](const std::array<int64_t, 5>& sizes, double scale, double keyframe_weight, int dtype, const PackedRows& query,
@@ -314,6 +317,7 @@ void bind_pyramid_roi_align(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU and CUDA kernels of evad_kernels; call them through the package.";
+  bind_cpu_isa(m);
   bind_cell_map<Cpu>(m);
   bind_keyframe_attention(m);
   bind_pyramid_roi_align(m);

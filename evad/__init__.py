@@ -1,4 +1,4 @@
-"""EVAD, an efficient video action detector: token pruning around the keyframe, on evad_kernels' operators."""
+"""EVAD, an efficient video action detector: token pruning around the keyframe, on evad_kernels' ops."""
 
 from .checkpoint import CheckpointError, LoadReport, load_checkpoint, read_config, released_names, save_checkpoint
 from .config import EVADConfig

@@ -3,7 +3,7 @@
 Backends
     reference   plain PyTorch, beside each op; every device and dtype; what the others are checked against
     cpu         C++ kernels of the native module (csrc/)
-    triton      Triton kernels, a GPU without nvcc
+    triton      Triton kernels, for a GPU without nvcc; none is here yet
     cuda        CUDA C++ kernels of the native module
 
 ``choose`` is plain Python on module globals, so torch.compile traces through it and recompiles when the choice changes.
@@ -12,6 +12,7 @@ Backends
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -46,11 +47,11 @@ DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat
 def _load_native():
     """The compiled module and None, or None and the reason why it is missing."""
     try:
-        from . import _native
+        # Not `from . import`: its error would blame a circular import.
+        return importlib.import_module("._native", __package__), None
     except ImportError as error:
         note = Path(__file__).with_name("_native_missing.txt")
         return None, note.read_text().strip() if note.exists() else f"native module not built ({error})"
-    return _native, None
 
 
 native, _native_missing = _load_native()

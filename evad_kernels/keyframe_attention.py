@@ -19,7 +19,6 @@ from torch import Tensor
 
 from . import _backend, _cells, _check
 from ._registration import register
-from .testing import accumulation_dtype
 from .token_selection import _select_native, gather_tokens_reference, select_tokens_reference
 
 
@@ -131,7 +130,7 @@ def keyframe_attention_reference(
     """``keyframe_attention`` in plain PyTorch, the whole map in memory; autocast does not reach inside."""
     D = query.shape[-1]
     N = query.shape[2]
-    dtype = accumulation_dtype(query.dtype)
+    dtype = _accumulation_dtype(query.dtype)
     with torch.autocast(query.device.type, enabled=False):
         logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * (_default_scale(D) if scale is None else scale)
         attention = logits.softmax(dim=-1)  # [B, H, N, N]
@@ -165,6 +164,11 @@ def keyframe_attention_topk_reference(
 
 def _default_scale(D: int) -> float:
     return D**-0.5 if D > 0 else 1.0
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums run in, and so that of the importance: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _checked(op, query, key, value, num_keyframe, keyframe_weight, scale) -> float:
@@ -209,7 +213,7 @@ def _rows_first(query: Tensor, rows: int) -> Tensor:
 
 def _forward_cpu(query, key, value, num_keyframe, keyframe_weight, scale):
     B, H, N, _ = query.shape
-    dtype = accumulation_dtype(query.dtype)
+    dtype = _accumulation_dtype(query.dtype)
     output = _rows_first(query, N)
     importance = query.new_empty(B, N - num_keyframe, dtype=dtype)
     lse = query.new_empty(B, H, N, dtype=dtype)
@@ -235,7 +239,7 @@ def _forward_cpu(query, key, value, num_keyframe, keyframe_weight, scale):
 
 def _forward_fake(query, key, value, num_keyframe, keyframe_weight, scale):
     B, H, N, _ = query.shape
-    dtype = accumulation_dtype(query.dtype)
+    dtype = _accumulation_dtype(query.dtype)
     importance = query.new_empty(B, N - num_keyframe, dtype=dtype)
     return _rows_first(query, N), importance, query.new_empty(B, H, N, dtype=dtype)
 

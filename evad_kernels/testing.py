@@ -13,11 +13,6 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums run in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def assert_accurate(actual: Tensor, reference: Tensor, truth: Tensor, *, label: str) -> None:
     """Hold ``actual`` to the rule of accuracy.
 

@@ -293,10 +293,10 @@ def test_every_instruction_set(isa):
     tokens, position, boxes, fill, options = make("paper 224")
     tokens, fill = tokens[..., :101].contiguous(), fill[:, :101].contiguous()  # whole vectors, single ones, channels
     tokens[0, 7, 40] = math.nan
-    detected = native.cpu_isa()
+    before = native.cpu_isa()
     results = {}
     try:
-        for name in (isa, detected):
+        for name in (isa, before):
             native.set_isa_cap(name)
             for op in OPS.values():
                 results.setdefault(name, []).extend(
@@ -305,8 +305,8 @@ def test_every_instruction_set(isa):
                     for x in part
                 )
     finally:
-        native.set_isa_cap("amx")
-    for actual, want in zip(results[isa], results[detected], strict=True):
+        native.set_isa_cap(before)
+    for actual, want in zip(results[isa], results[before], strict=True):
         torch.testing.assert_close(actual, want, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
