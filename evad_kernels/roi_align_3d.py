@@ -299,10 +299,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    if ctx.saved_tensors[0] is not None and ctx.saved_tensors[0].ndim == 1:
+    largest, *saved = ctx.saved_tensors  # once: activation checkpointing refuses a second look
+    if largest is not None and largest.ndim == 1:
         raise RuntimeError("roi_pool_3d: save_largest must be true for a backward, got false")
     background_ndim = ctx.background_ndim if ctx.needs_input_grad[1] else 0
-    grad_tokens, grad_background = _roi_3d_backward(grad, *ctx.saved_tensors, *ctx.sampling, background_ndim)
+    grad_tokens, grad_background = _roi_3d_backward(grad, largest, *saved, *ctx.sampling, background_ndim)
     return grad_tokens, grad_background if background_ndim else None, *[None] * (ctx.num_inputs - 2)
 
 

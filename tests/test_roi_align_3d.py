@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from evad_kernels import roi_align_3d, roi_pool_3d, use_backend
 from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
@@ -256,6 +257,15 @@ def test_autocast(backend):
     want = roi_pool_3d(tokens, position, boxes, background=fill, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(roi_pool_3d(tokens, position, boxes, background=fill, **options), want)
+
+
+@pytest.mark.parametrize("op", [roi_align_3d, roi_pool_3d])
+def test_gradient_through_a_checkpoint(op):
+    tokens, position, boxes, fill, options = make(SMALL[0])
+    tokens.requires_grad_()
+    (want,) = torch.autograd.grad(op(tokens, position, boxes, background=fill, **options).sum(), tokens)
+    result = checkpoint(op, tokens, position, boxes, background=fill, **options, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(result.sum(), tokens)[0], want)
 
 
 @pytest.mark.parametrize("op", OPS)
