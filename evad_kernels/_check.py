@@ -61,6 +61,8 @@ def countable(op: str, argument: str, size: int, meaning: str) -> None:
 
 def grid(op: str, value: Sequence[int]) -> tuple[int, int, int]:
     """``(T, Gh, Gw)``, all at least 1, below 2**31 cells."""
+    if not isinstance(value, (list, tuple)):
+        fail(op, "grid", "three integers (T, Gh, Gw)", type(value).__name__, TypeError)
     if len(value) != 3 or not all(isinstance(size, (int, torch.SymInt)) for size in value):
         fail(op, "grid", "three integers (T, Gh, Gw)", value)
     if min(value) < 1:
@@ -68,6 +70,12 @@ def grid(op: str, value: Sequence[int]) -> tuple[int, int, int]:
     if value[0] * value[1] * value[2] > MAX_COUNT:
         fail(op, "grid", "of fewer than 2**31 cells", tuple(value))
     return tuple(value)
+
+
+def number(op: str, argument: str, value: float) -> None:
+    """``value`` is a Python number: a tensor's gradient would be lost in silence."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        fail(op, argument, "a number", type(value).__name__, TypeError)
 
 
 def integer(op: str, argument: str, value: int, high: int, name: str) -> None:

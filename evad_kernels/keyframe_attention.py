@@ -183,10 +183,12 @@ def _checked(op, query, key, value, num_keyframe, keyframe_weight, scale) -> flo
             _check.fail(op, name, f"[B, H, N, D] = {list(query.shape)}", list(tensor.shape))
     N, D = query.shape[2:]
     _check.integer(op, "num_keyframe", num_keyframe, N, "N")
+    _check.number(op, "keyframe_weight", keyframe_weight)
     if not 0 <= keyframe_weight < math.inf:
         _check.fail(op, "keyframe_weight", "finite and at least 0", keyframe_weight)
     if scale is None:
         return _default_scale(D)
+    _check.number(op, "scale", scale)
     if not -math.inf < scale < math.inf:
         _check.fail(op, "scale", "finite", scale)
     return scale

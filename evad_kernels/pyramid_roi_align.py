@@ -118,6 +118,8 @@ def _checked(
             _check.fail(op, "levels", f"[B, C, h, w] with [B, C] = {list(levels[0].shape[:2])}", list(level.shape))
         if level.shape[2] < 1 or level.shape[3] < 1:
             _check.fail(op, "levels", "at least 1 high and wide", list(level.shape))
+    if not isinstance(strides, (list, tuple)):
+        _check.fail(op, "strides", f"as many numbers as levels ({len(levels)})", type(strides).__name__, TypeError)
     strides = tuple(_boxes.positive(op, "strides", stride) for stride in strides)
     if len(strides) != len(levels):
         _check.fail(op, "strides", f"as many as levels ({len(levels)})", len(strides))

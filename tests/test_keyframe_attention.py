@@ -467,7 +467,9 @@ def test_isa_cap_from_the_environment():
         ({"num_select": 4}, ValueError, "num_select must be in"),
         ({"keyframe_weight": -0.5}, ValueError, "keyframe_weight must be finite and at least 0"),
         ({"keyframe_weight": float("nan")}, ValueError, "keyframe_weight must be finite"),
+        ({"keyframe_weight": "heavy"}, TypeError, "keyframe_weight must be a number"),
         ({"scale": float("inf")}, ValueError, "scale must be finite"),
+        ({"scale": torch.tensor(0.5, requires_grad=True)}, TypeError, "scale must be a number"),
     ],
 )
 def test_rejects_bad_input(backend, change, error, message):

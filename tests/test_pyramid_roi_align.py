@@ -294,6 +294,7 @@ def test_rejects_batch_index_outside(backend, bad):
         ({"levels": [torch.ones(2, 3, 8, 8), torch.ones(2, 3, 4, 4).double()]}, TypeError, "levels must be"),
         ({"levels": [torch.ones(2, 3, 8, 0)] * 4}, ValueError, "levels must be"),
         ({"levels": [torch.ones(2, 3, 8, 8).int()] * 4}, TypeError, "levels must be float32"),
+        ({"strides": 4}, TypeError, "strides must be"),
         ({"strides": (4, 8)}, ValueError, "strides must be"),
         ({"strides": (4, 8, 16, 33)}, ValueError, "strides must be"),
         ({"strides": (0, 0, 0, 0)}, ValueError, "strides must be"),

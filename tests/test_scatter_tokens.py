@@ -143,6 +143,7 @@ def test_rejects_position_outside(backend, bad):
         ({"position": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, "position must be"),
         ({"position": torch.zeros(2, 5, dtype=torch.int32)}, TypeError, "position must be int64"),
         ({"grid": (1, 2)}, ValueError, "grid must be three integers"),
+        ({"grid": 12}, TypeError, "grid must be three integers"),
         ({"grid": (0, 2, 2)}, ValueError, "grid must be at least 1"),
         ({"grid": (2**11, 2**10, 2**10)}, ValueError, r"grid must be of fewer than 2\*\*31 cells"),
         (
