@@ -103,6 +103,7 @@ def sampling_ratio(op: str, value: int) -> int:
 
 
 def positive(op: str, argument: str, value: float) -> float:
+    """``value`` is finite and above 0."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         _check.fail(op, argument, "a finite number above 0", value)
     return float(value)

@@ -14,6 +14,7 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def fail(op: str, argument: str, expected: str, actual: object, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``error`` in the one wording."""
     raise error(f"{op}: {argument} must be {expected}, got {actual}")
 
 

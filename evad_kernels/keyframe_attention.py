@@ -23,11 +23,15 @@ from .token_selection import _select_native, gather_tokens_reference, select_tok
 
 
 class KeyframeAttention(NamedTuple):
+    """What ``keyframe_attention`` returns."""
+
     output: Tensor  # [B, H, N, D]
     importance: Tensor  # [B, N - num_keyframe]
 
 
 class KeyframeAttentionTopk(NamedTuple):
+    """What ``keyframe_attention_topk`` returns."""
+
     output: Tensor  # [B, H, num_keyframe + num_select, D]
     index: Tensor  # [B, num_select]
     importance: Tensor  # [B, N - num_keyframe]

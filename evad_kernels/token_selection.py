@@ -28,6 +28,8 @@ def select_tokens(importance: Tensor, num_select: int) -> Tensor:
         is the lowest of all. Not differentiable.
     Raises:
         ValueError: a shape disagrees, or ``num_select`` is not in [0, M].
+        TypeError: ``importance`` is not floating point, or ``num_select`` not an integer.
+        RuntimeError: a backend asked for by name is missing.
     """
     _check.tensor("select_tokens", "importance", importance, 2, "[B, M]")
     _check.floating("select_tokens", "importance", importance)
@@ -63,6 +65,8 @@ def gather_tokens(tokens: Tensor, index: Tensor, *, num_keyframe: int = 0) -> Te
     Raises:
         ValueError: a shape disagrees, or (on the CPU) an index is outside [0, N - num_keyframe). On a GPU such a row is
             zeros.
+        TypeError: ``index`` is not int64, or ``num_keyframe`` not an integer.
+        RuntimeError: tensors on different devices, or a backend asked for by name that is missing.
     """
     _check.tensor("gather_tokens", "tokens", tokens, (2, 3), "[B, N, C] or [B, N]")
     _check.tensor("gather_tokens", "index", index, 2, "[B, num_select]")
