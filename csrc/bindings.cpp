@@ -1,5 +1,5 @@
-// The Python face of the native module. It knows no framework: pointers as integers, sizes, strides in elements, a dtype
-// code (host_device.h) and, for CUDA, a stream handle. Callers have checked every shape (evad_kernels/<op>.py).
+// The Python face of the native module. It knows no framework: pointers as integers, sizes, strides in elements, a
+// dtype code (host_device.h) and, for CUDA, a stream handle. Callers have checked every shape (evad_kernels/<op>.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -28,12 +28,6 @@ using Address = std::uintptr_t;  // of a tensor's first element; 0 for None
 template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
-}
-
-int64_t element_size(int dtype) {
-  int64_t size = 0;
-  with_dtype(static_cast<DType>(dtype), [&](auto zero) { size = sizeof zero; });
-  return size;
 }
 
 // Where a kernel runs: the last argument of its binding is a number of threads, or a CUDA stream's handle.
@@ -73,7 +67,7 @@ void bind_scatter_tokens(py::module_& m) {
       "scatter_tokens_forward",
       [](Address tokens, int64_t stride_b, int64_t stride_k, Address slot, Address fill, bool fill_per_cell, int64_t B,
          int64_t cells, int64_t C, int dtype, Address dense, typename Device::Argument where) {
-        const int64_t size = element_size(dtype);
+        const int64_t size = element_size(static_cast<DType>(dtype));
         const ScatterRows source{pointer<const char>(tokens),  stride_b * size, stride_k * size,
                                  pointer<const int32_t>(slot), pointer<const char>(fill), fill_per_cell, cells,
                                  C * size};
@@ -85,7 +79,8 @@ void bind_scatter_tokens(py::module_& m) {
       [](Address grad_dense, Address position, int64_t stride_b, int64_t stride_k, Address slot, int64_t B, int64_t K,
          int64_t cells, int64_t C, int dtype, Address grad_tokens, typename Device::Argument where) {
         const ScatterGradRows source{pointer<const char>(grad_dense), pointer<const int64_t>(position), stride_b,
-                                     stride_k, pointer<const int32_t>(slot), cells, C * element_size(dtype)};
+                                     stride_k, pointer<const int32_t>(slot), cells,
+                                     C * element_size(static_cast<DType>(dtype))};
         scatter_tokens_backward(source, B, K, pointer<char>(grad_tokens), Device::where(where));
       },
       NoGil());
@@ -147,7 +142,7 @@ void bind_token_selection(py::module_& m) {
                                     N,
                                     num_keyframe,
                                     num_select,
-                                    C * element_size(dtype)};
+                                    C * element_size(static_cast<DType>(dtype))};
         with_dtype(static_cast<DType>(dtype), [&](auto zero) {
           using T = decltype(zero);
           gather_tokens_backward<T>(source, pointer<int32_t>(copies), pointer<T>(grad_tokens), Device::where(where));
@@ -326,7 +321,7 @@ PYBIND11_MODULE(_native, m) {
   bind_token_selection<Cpu>(m);
 #if defined(EVAD_WITH_CUDA)
   m.attr("with_cuda") = true;
-  py::module_ cuda = m.def_submodule("cuda", "The same kernels on a GPU: a stream's handle where the others take threads.");
+  py::module_ cuda = m.def_submodule("cuda", "The same kernels on a GPU; a stream's handle for the threads.");
   bind_cell_map<Cuda>(cuda);
   bind_scatter_tokens<Cuda>(cuda);
   bind_token_selection<Cuda>(cuda);

@@ -1,6 +1,7 @@
 // Rows copied from wherever a source says: what scatter_tokens and gather_tokens are, forward and backward.
-// A source is a struct of pointers and sizes with `const char* operator()(int64_t b, int64_t row) const`: where row `row`
-// of sample `b` lies, or null for zeros. It is EVAD_HOST_DEVICE, so CPU and GPU (copy_rows.cuh) follow the same formula.
+// A source is a struct of pointers and sizes with `const char* operator()(int64_t b, int64_t row) const`: where row
+// `row` of sample `b` lies, or null for zeros. It is EVAD_HOST_DEVICE, so CPU and GPU (copy_rows.cuh) follow the same
+// formula.
 #pragma once
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Asked once a process; only AMX needs more than CPUID: Linux hands out the tile registers on request.
 #include "cpu_isa.h"
 
 #include <algorithm>

@@ -19,7 +19,6 @@ namespace evad {
 
 using Stream = CUstream_st*;  // cudaStream_t, where CUDA's headers are absent
 
-
 // Codes of element types, as evad_kernels/_backend.py passes them.
 enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
 
@@ -105,6 +104,11 @@ EVAD_HOST_DEVICE float16 from_float<float16>(float x) {
   return {static_cast<uint16_t>(sign | (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13)};
 }
 
+// Bytes of an element.
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
 // Calls body(T{}) with the element type that a code stands for.
 template <class Body>
 void with_dtype(DType dtype, Body&& body) {
@@ -117,3 +121,7 @@ void with_dtype(DType dtype, Body&& body) {
 }
 
 }  // namespace evad
+
+// A kernel file's last line: INSTANTIATE(T) for every element type.
+#define EVAD_FOR_EVERY_DTYPE(INSTANTIATE) \
+  INSTANTIATE(float) INSTANTIATE(double) INSTANTIATE(evad::float16) INSTANTIATE(evad::bfloat16)

@@ -1,5 +1,5 @@
-// Forward: one task a (batch, head, 288 rows). Backward: one task a (batch, head). Tasks of a thread are neighbours, so K and
-// V of a head are packed once a thread. The cut never depends on the number of threads, and neither does any sum.
+// Forward: one task a (batch, head, 288 rows). Backward: one task a (batch, head). Tasks of a thread are neighbours, so
+// K and V of a head are packed once a thread. The cut never depends on the number of threads, and neither does any sum.
 #include "keyframe_attention.h"
 
 #include <algorithm>
@@ -70,12 +70,6 @@ void for_each_task(int64_t tasks, size_t workspace_bytes, int threads, const Bod
     const int64_t begin = tasks * thread / threads, end = tasks * (thread + 1) / threads;
     for (int64_t task = begin; task < end; ++task) body(task, workspaces.of(thread), task == begin);
   });
-}
-
-int64_t element_size(DType dtype) {
-  int64_t size = 0;
-  with_dtype(dtype, [&](auto zero) { size = sizeof zero; });
-  return size;
 }
 
 char* head(const HeadRows& rows, int64_t b, int64_t h, int64_t element) {
@@ -183,7 +177,7 @@ void keyframe_attention_backward(const AttentionShape& s, const HeadRows& query,
 
 void keep_rows(char* tokens, int64_t B, int64_t N, int64_t row_bytes, int64_t num_keyframe, const int64_t* index,
                int64_t num_select, int threads) {
-  // Every row moves towards the front and none overtakes another, so one pass in order is safe; threads share the columns.
+  // Every row moves towards the front and none overtakes another: one pass in order is safe. Threads share the columns.
   const int64_t K = num_keyframe + num_select, lines = (row_bytes + 63) / 64;
   threads = static_cast<int>(std::min<int64_t>(threads, lines));
   parallel_for(threads, threads, [&](int64_t thread) {
@@ -191,7 +185,8 @@ void keep_rows(char* tokens, int64_t B, int64_t N, int64_t row_bytes, int64_t nu
     for (int64_t b = 0; b < B; ++b)
       for (int64_t k = 0; k < K; ++k) {
         const int64_t from = k < num_keyframe ? k : num_keyframe + index[b * num_select + k - num_keyframe];
-        std::memmove(tokens + (b * K + k) * row_bytes + begin, tokens + (b * N + from) * row_bytes + begin, end - begin);
+        std::memmove(tokens + (b * K + k) * row_bytes + begin, tokens + (b * N + from) * row_bytes + begin,
+                     end - begin);
       }
   });
 }

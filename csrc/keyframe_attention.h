@@ -73,14 +73,15 @@ struct AttentionShape {
   DType dtype;
 };
 
-// Reads Q, K, V and writes output once; beside that O(N D) a thread and 8 bytes a (head, 288 rows, non-keyframe column).
+// Reads Q, K, V and writes output once; beside that O(N D) a thread, and 8 bytes for each non-keyframe column of each
+// task (a head's 288 rows).
 //   lse [B, H, N], importance [B, N - num_keyframe], both float (double for float64), contiguous
 void keyframe_attention_forward(const AttentionShape& shape, const HeadRows& query, const HeadRows& key,
                                 const HeadRows& value, const HeadRows& output, void* lse, void* importance,
                                 int threads);
 
-// index null: every row has an output gradient. Else [B, num_select]: grad_output holds the keyframe's rows and those of
-// index only. grad_importance null: rows without an output gradient are skipped.
+// index null: every row has an output gradient. Else [B, num_select]: grad_output holds the keyframe's rows and those
+// of index only. grad_importance null: rows without an output gradient are skipped.
 void keyframe_attention_backward(const AttentionShape& shape, const HeadRows& query, const HeadRows& key,
                                  const HeadRows& value, const HeadRows& grad_output, const void* lse,
                                  const void* grad_importance, const int64_t* index, int64_t num_select,

@@ -1,5 +1,5 @@
-// The kernels of keyframe attention for one instruction set, behind plain structs: keyframe_attention.cpp cuts the work into
-// tasks and picks the table. Files that are compiled with wide instructions include this and no standard template.
+// The kernels of keyframe attention for one instruction set, behind plain structs: keyframe_attention.cpp cuts the work
+// into tasks and picks the table. Files that are compiled with wide instructions include this and no standard template.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 
 namespace evad {
 
-// Rows [row_begin, row_end) of one head: their output, log-sum-exp and share of the column sum. The whole row of logits is
-// in the workspace at once, a block of rows at a time; the [N, N] map never is.
+// Rows [row_begin, row_end) of one head: their output, log-sum-exp and share of the column sum. The whole row of logits
+// is in the workspace at once, a block of rows at a time; the [N, N] map never is.
 struct AttentionForwardTask {
   const void *query, *key, *value;                     // of this head: [N, D], rows contiguous
   int64_t query_stride, key_stride, value_stride;      // elements between rows
@@ -18,9 +18,9 @@ struct AttentionForwardTask {
   double scale, keyframe_weight;
   void* output;                                        // [N, D]: row 0 of this head
   int64_t output_stride;
-  void* lse;                                           // [N] float (double for float64): log sum exp of the scaled logits
-  double* column_sum;                                  // [N - num_keyframe], of this task alone: sum_i w_i P_ij; or null
-  bool same_head;                                      // the workspace holds what this thread packed of this head before
+  void* lse;                                           // [N] float (double for float64): log-sum-exp of scaled logits
+  double* column_sum;                                  // [N - num_keyframe], of this task: sum_i w_i P_ij; or null
+  bool same_head;                                      // the workspace holds this head's packed keys and values
 };
 
 // The gradient of one head. Row r of the R that take part is token row[r]; its output gradient is row slot[r] of

@@ -2,8 +2,8 @@
 // keyframe_attention_<isa>.cpp, which names EVAD_ISA, EVAD_VECTOR_BYTES and EVAD_VECTORS before it includes this file.
 // Everything is in that namespace and no standard template is used: code with wide instructions must not leak.
 //
-// A block of 24 rows at a time: logits of the whole row by panels of packed K^T, exp2 in place, column sums, then times V.
-// One microkernel does every product: 6 rows x EVAD_VECTORS vectors stay in registers, the left factor is broadcast.
+// A block of 24 rows at a time: logits of the whole row by panels of packed K^T, exp2 in place, column sums, then times
+// V. One microkernel does every product: 6 rows x EVAD_VECTORS vectors stay in registers, the left factor is broadcast.
 // Logits are kept in base 2 (scale * log2 e folded in after the product), so that exp2 needs no range constants.
 #include "keyframe_attention.h"
 #include "keyframe_attention_kernels.h"
@@ -184,7 +184,8 @@ EVAD_INLINE void copy_rows(const Row& row, int64_t D, C* rows) {
   }
 }
 
-// A row of the block of logits: room for whole vectors and whole groups of kRows, never a multiple of the page size apart.
+// A row of the block of logits: room for whole vectors and whole groups of kRows; two rows are never a multiple of
+// the page size apart.
 template <class C>
 int64_t logit_stride(int64_t N) {
   const int64_t padded = round_up(N, kWidth<C>) + kWidth<C>;
@@ -244,8 +245,8 @@ void fill_pads(int64_t N, C* pad, C* last_pad) {
   }
 }
 
-// logits [kBlock, stride] = scale * left right^T + pad (last_pad in the last panel), and the running maximum of each row
-// where wanted.
+// logits [kBlock, stride] = scale * left right^T + pad (last_pad in the last panel), and the running maximum of each
+// row where wanted.
 template <bool kMaxima, class C>
 void block_logits(const C* left, const C* right, int64_t N, int64_t D, C scale, const C* pad, const C* last_pad,
                   C* logits, int64_t stride, Vector<C>* maxima) {
@@ -271,8 +272,8 @@ void block_logits(const C* left, const C* right, int64_t N, int64_t D, C scale, 
   });
 }
 
-// output [kBlock, padded D] = left [kBlock, N] times packed rows. visit(begin, end) sees each run of columns of left just
-// before its product, which then finds them in the first-level cache.
+// output [kBlock, padded D] = left [kBlock, N] times packed rows. visit(begin, end) sees each run of columns of left
+// just before its product, which then finds them in the first-level cache.
 template <class C, class Visit>
 EVAD_INLINE void block_product(const C* left, int64_t stride, const C* packed, int64_t N, int64_t D, C* output,
                                const Visit& visit) {
@@ -384,7 +385,8 @@ size_t backward_workspace(int64_t N, int64_t D) {
 
 // sum [N, padded D] += left^T right: left [count, stride], right [count, padded D].
 template <class C>
-void add_transposed_product(const C* left, int64_t stride, const C* right, int64_t count, int64_t N, int64_t D, C* sum) {
+void add_transposed_product(const C* left, int64_t stride, const C* right, int64_t count, int64_t N, int64_t D,
+                            C* sum) {
   const int64_t columns = round_up(D, kWidth<C>);
   for (int64_t j = 0; j < N; j += kRows)
     for_panels<C>(columns, [&](auto panel, int64_t column) {

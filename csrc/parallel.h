@@ -11,10 +11,10 @@
 
 namespace evad {
 
-// body(item) for every item in [0, items), contiguous runs of items a thread. The split never changes a result: a kernel
-// that sums across items does so in an order that does not depend on the number of threads.
-// Up to `grain` items run on the calling thread: waking the others takes microseconds, many where cores are busy. More use
-// every thread, never some of them: libgomp ends the threads that a smaller team leaves out.
+// body(item) for every item in [0, items), contiguous runs of items a thread. The split never changes a result: a
+// kernel that sums across items does so in an order that does not depend on the number of threads.
+// Up to `grain` items run on the calling thread: waking the others takes microseconds, many where cores are busy. More
+// use every thread, never some of them: libgomp ends the threads that a smaller team leaves out.
 template <class Body>
 void parallel_for(int64_t items, int threads, const Body& body, int64_t grain = 1) {
 #if defined(_OPENMP)
@@ -37,12 +37,13 @@ void parallel_for(int64_t items, int threads, const Body& body, int64_t grain = 
   for (int64_t item = 0; item < items; ++item) body(item);
 }
 
-// The same with work memory: body(item, workspace), `size` elements a thread, 64-byte aligned, not initialised.
+// The same with work memory: body(item, workspace), `size` elements a thread, on pages of its own, not initialised.
 template <class F, class Body>
 void parallel_for_with_workspace(int64_t items, int64_t size, int threads, const Body& body) {
   const int64_t page = 4096 / static_cast<int64_t>(sizeof(F)), stride = (size + page - 1) / page * page;
   const std::unique_ptr<F[]> memory(new F[stride * (threads > 1 ? threads : 1) + page]);
-  F* const first = memory.get() + (page - static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.get()) / sizeof(F)) % page);
+  const int64_t in_page = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.get()) / sizeof(F)) % page;
+  F* const first = memory.get() + page - in_page;
   parallel_for(items, threads, [&](int64_t item) {
 #if defined(_OPENMP)
     body(item, first + stride * omp_get_thread_num());

@@ -1,5 +1,5 @@
-// Forward: levels to channels-last, then one task a (panel of channels, box). Backward: one task a (image, level, panel),
-// which owns its cells and goes through the boxes in order: no sum depends on the number of threads.
+// Forward: levels to channels-last, then one task a (panel of channels, box). Backward: one task a (image, level,
+// panel), which owns its cells and goes through the boxes in order: no sum depends on the number of threads.
 #include "pyramid_roi_align.h"
 
 #include <algorithm>
@@ -22,9 +22,7 @@ class Weights {
       fill(static_cast<const double*>(boxes.corners), pyramid, boxes, sampling, threads);
     else
       fill(static_cast<const float*>(boxes.corners), pyramid, boxes, sampling, threads);
-    int64_t ring = 1;
-    while (ring < 2 * rows_.taps()) ring *= 2;
-    shape_ = {sampling.oh, sampling.ow, 0, ring, sampling.oh * rows_.taps()};
+    shape_ = roi_shape(sampling, 0, rows_.taps());
   }
 
   RoiShape shape(int64_t Gw) const { return {shape_.oh, shape_.ow, Gw, shape_.ring, shape_.ordinals}; }
@@ -123,7 +121,8 @@ class Cells {
   }
 
   // to[cell * C + c] = from[c * stride_c + cell * stride_w]
-  void turn(const T* from, int64_t stride_c, int64_t stride_w, int64_t channels, int64_t cells, F* to, int64_t C) const {
+  void turn(const T* from, int64_t stride_c, int64_t stride_w, int64_t channels, int64_t cells, F* to,
+            int64_t C) const {
     if constexpr (std::is_same_v<T, F>) {
       if (stride_w == 1) return kernels_.transpose(from, stride_c, channels, cells, to, C);
     }
@@ -210,17 +209,15 @@ void pyramid_roi_align_backward(const Pyramid& pyramid, const RoiBoxes& boxes, c
         }
         T* const to = static_cast<T*>(level.data) + (b * pyramid.C + begin) * cells;
         for (int64_t c = 0; c < count; ++c)
-          for (int64_t cell = 0; cell < cells; ++cell) to[c * cells + cell] = from_float<T>(grad_cells[cell * count + c]);
+          for (int64_t cell = 0; cell < cells; ++cell)
+            to[c * cells + cell] = from_float<T>(grad_cells[cell * count + c]);
       });
 }
 
-#define EVAD_INSTANTIATE(T)                                                                                           \
-  template void pyramid_roi_align_forward<T>(const Pyramid&, const RoiBoxes&, const RoiSampling&, T*, int);     \
+#define EVAD_INSTANTIATE(T)                                                                                 \
+  template void pyramid_roi_align_forward<T>(const Pyramid&, const RoiBoxes&, const RoiSampling&, T*, int); \
   template void pyramid_roi_align_backward<T>(const Pyramid&, const RoiBoxes&, const RoiSampling&, const T*, int);
-EVAD_INSTANTIATE(float)
-EVAD_INSTANTIATE(double)
-EVAD_INSTANTIATE(float16)
-EVAD_INSTANTIATE(bfloat16)
+EVAD_FOR_EVERY_DTYPE(EVAD_INSTANTIATE)
 #undef EVAD_INSTANTIATE
 
 }  // namespace evad

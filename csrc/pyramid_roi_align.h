@@ -24,15 +24,15 @@ struct Pyramid {
   int64_t canonical_level, first;  // first: number of the finest level
 };
 
-// samples [R, C, oh, ow]. Levels that are not channels-last in the type of the sums are copied so, rows that a box touches
-// only: C * h * w elements read and written. Beside that about 14 x 14 rows of C a box, from cache.
+// samples [R, C, oh, ow]. Levels that are not channels-last in the type of the sums are copied so, rows that a box
+// touches only: C * h * w elements read and written. Beside that about 14 x 14 rows of C a box, from cache.
 template <class T>
 void pyramid_roi_align_forward(const Pyramid& pyramid, const RoiBoxes& boxes, const RoiSampling& sampling,
-                                     T* samples, int threads);
+                               T* samples, int threads);
 
 // Levels' data is their gradient, contiguous; all of it is written.
 template <class T>
 void pyramid_roi_align_backward(const Pyramid& pyramid, const RoiBoxes& boxes, const RoiSampling& sampling,
-                                      const T* grad_samples, int threads);
+                                const T* grad_samples, int threads);
 
 }  // namespace evad

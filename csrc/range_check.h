@@ -7,8 +7,8 @@
 
 namespace evad {
 
-// Throws std::invalid_argument unless all of values[0:B, 0:K] (strides in elements) are in [0, limit). `argument` begins the
-// message: "scatter_tokens: position".
+// Throws std::invalid_argument unless all of values[0:B, 0:K] (strides in elements) are in [0, limit). `argument`
+// begins the message: "scatter_tokens: position".
 inline void require_in_range(const std::string& argument, const int64_t* values, int64_t stride_b, int64_t stride_k,
                              int64_t B, int64_t K, int64_t limit) {
   for (int64_t b = 0; b < B; ++b) {

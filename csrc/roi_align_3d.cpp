@@ -1,12 +1,14 @@
-// roi_align_3d: one task a (panel of channels, box). roi_pool_3d: one task a (panel, 16 boxes), which takes the frames one
-// after the other: the panel of a frame about fills the first-level cache, so boxes find each other's cells there.
-// Backward: one task a (panel of channels, frame), which owns its cells and goes through the boxes in order: no sum depends
-// on the number of threads, and nothing is added atomically.
+// roi_align_3d: one task a (panel of channels, box). roi_pool_3d: one task a (panel, 16 boxes), which takes the frames
+// one after the other: the panel of a frame about fills the first-level cache, so boxes find each other's cells there.
+// Backward: one task a (panel of channels, frame), which owns its cells and goes through the boxes in order: no sum
+// depends on the number of threads, and nothing is added atomically.
 #include "roi_align_3d.h"
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
+
+#include "cell_map.h"
 
 namespace evad {
 namespace {
@@ -26,9 +28,7 @@ class Weights {
       fill(static_cast<const double*>(boxes.corners), boxes, pixels, Gh, Gw, threads);
     else
       fill(static_cast<const float*>(boxes.corners), boxes, pixels, Gh, Gw, threads);
-    int64_t ring = 1;
-    while (ring < 2 * rows_.taps()) ring *= 2;
-    shape_ = {pixels.sampling.oh, pixels.sampling.ow, Gw, ring, pixels.sampling.oh * rows_.taps()};
+    shape_ = roi_shape(pixels.sampling, Gw, rows_.taps());
   }
 
   const RoiShape& shape() const { return shape_; }
@@ -74,9 +74,10 @@ class Cells {
         [&](int64_t b) {
           for (int64_t cell = 0; cell < cells_; ++cell) {
             const int32_t k = grid.slot[b * cells_ + cell];
-            row_[b * cells_ + cell] = k >= 0              ? grid.tokens + b * grid.stride_b + k * grid.stride_k
+            row_[b * cells_ + cell] = k != kDropped      ? grid.tokens + b * grid.stride_b + k * grid.stride_k
                                       : !grid.background ? zeros_.data()
-                                                         : grid.background + (grid.background_per_cell ? cell * grid.C : 0);
+                                      : grid.background_per_cell ? grid.background + cell * grid.C
+                                                                 : grid.background;
           }
         },
         1);
@@ -145,7 +146,8 @@ void roi_pool_3d_forward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes&
             kernels.largest(shape, weights.of(r, t), cell, begin, count, sum, index, rest);
             const int64_t at = (r * grid.T + t) * grid.C + begin;
             if (largest && bytes)
-              for (int64_t c = 0; c < count; ++c) static_cast<uint8_t*>(largest)[at + c] = static_cast<uint8_t>(index[c]);
+              for (int64_t c = 0; c < count; ++c)
+                static_cast<uint8_t*>(largest)[at + c] = static_cast<uint8_t>(index[c]);
             else if (largest)
               std::memcpy(static_cast<int32_t*>(largest) + at, index, count * sizeof(int32_t));
           }
@@ -200,7 +202,8 @@ void roi_3d_backward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes& box
             }
             for (int64_t c = 0; c < count; ++c) {
               const int64_t at = (r * grid.T + t) * grid.C + begin + c;
-              const int64_t bin = bytes ? static_cast<const uint8_t*>(largest)[at] : static_cast<const int32_t*>(largest)[at];
+              const int64_t bin =
+                  bytes ? static_cast<const uint8_t*>(largest)[at] : static_cast<const int32_t*>(largest)[at];
               const F g = to_float(grad[r * grid.C + begin + c]) / static_cast<F>(grid.T);
               const int32_t p = row_of[bin], q = column_of[bin];
               for (int32_t y = box.rows.begin[p]; y < box.rows.begin[p + 1]; ++y) {
@@ -227,7 +230,8 @@ void roi_3d_backward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes& box
         if (grad_background && grid.background_per_cell)
           for (int64_t cell = 0; cell < frame; ++cell)
             for (int64_t c = 0; c < count; ++c)
-              grad_background[(t * frame + cell) * grid.C + begin + c] = from_float<T>(background_cells[cell * count + c]);
+              grad_background[(t * frame + cell) * grid.C + begin + c] =
+                  from_float<T>(background_cells[cell * count + c]);
       });
   if (grad_background && !grid.background_per_cell)
     for (int64_t c = 0; c < grid.C; ++c) {
@@ -237,17 +241,14 @@ void roi_3d_backward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes& box
     }
 }
 
-#define EVAD_INSTANTIATE(T)                                                                                            \
-  template void roi_align_3d_forward<T>(const TokenGrid<accumulate_t<T>>&, const RoiBoxes&, const RoiPixels&,    \
-                                              T*, int);                                                                \
-  template void roi_pool_3d_forward<T>(const TokenGrid<accumulate_t<T>>&, const RoiBoxes&, const RoiPixels&, T*, \
-                                             void*, int);                                                              \
-  template void roi_3d_backward<T>(const TokenGrid<accumulate_t<T>>&, const RoiBoxes&, const RoiPixels&,         \
-                                         const T*, const void*, T*, T*, int);
-EVAD_INSTANTIATE(float)
-EVAD_INSTANTIATE(double)
-EVAD_INSTANTIATE(float16)
-EVAD_INSTANTIATE(bfloat16)
+#define EVAD_INSTANTIATE(T)                                                                                        \
+  template void roi_align_3d_forward<T>(const TokenGrid<accumulate_t<T>>&, const RoiBoxes&, const RoiPixels&, T*,  \
+                                        int);                                                                      \
+  template void roi_pool_3d_forward<T>(const TokenGrid<accumulate_t<T>>&, const RoiBoxes&, const RoiPixels&, T*,   \
+                                       void*, int);                                                                \
+  template void roi_3d_backward<T>(const TokenGrid<accumulate_t<T>>&, const RoiBoxes&, const RoiPixels&, const T*, \
+                                   const void*, T*, T*, int);
+EVAD_FOR_EVERY_DTYPE(EVAD_INSTANTIATE)
 #undef EVAD_INSTANTIATE
 
 }  // namespace evad

@@ -1,6 +1,6 @@
-// roi_align_3d and roi_pool_3d: features of boxes from kept tokens through a table of cell pointers (a token, a row of the
-// background, or zeros) instead of a dense map. Per box (arithmetic: roi_boxes.h) the weights are made once for all frames
-// and channels.
+// roi_align_3d and roi_pool_3d: features of boxes from kept tokens through a table of cell pointers (a token, a row of
+// the background, or zeros) instead of a dense map. Per box (arithmetic: roi_boxes.h) the weights are made once for all
+// frames and channels.
 #pragma once
 
 #include <cstdint>
@@ -30,18 +30,18 @@ struct RoiPixels {
 // samples [R, C, T, oh, ow]. Reads about 14 x 14 rows of C a box and frame, from cache; writes R*C*T*oh*ow elements.
 template <class T>
 void roi_align_3d_forward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes& boxes, const RoiPixels& pixels,
-                                T* samples, int threads);
+                          T* samples, int threads);
 
-// pooled [R, C]; largest [R, T, C], the bin of the largest sample of every frame, as bytes if there are at most 256 bins;
-// null where no gradient is wanted.
+// pooled [R, C]; largest [R, T, C], the bin of the largest sample of every frame, as bytes if there are at most 256
+// bins; null where no gradient is wanted.
 template <class T>
 void roi_pool_3d_forward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes& boxes, const RoiPixels& pixels,
-                               T* pooled, void* largest, int threads);
+                         T* pooled, void* largest, int threads);
 
 // grad_tokens [B, K, C], zeros before; grad_background [C] or [cells, C] by grid.background_per_cell, or null. grad is
 // grad_samples [R, C, T, oh, ow], or, where largest is not null, grad_pooled [R, C].
 template <class T>
 void roi_3d_backward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes& boxes, const RoiPixels& pixels,
-                           const T* grad, const void* largest, T* grad_tokens, T* grad_background, int threads);
+                     const T* grad, const void* largest, T* grad_tokens, T* grad_background, int threads);
 
 }  // namespace evad

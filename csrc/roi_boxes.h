@@ -1,6 +1,6 @@
-// How a box samples a grid: arithmetic of RoIAlign that the CPU and CUDA kernels of roi_align_3d and pyramid_roi_align
-// share. One axis at a time: bilinear weights are separable. Coordinates stay floating point until they are known to lie
-// on the grid, so a box may hold anything. The order of operations is the reference's (evad_kernels/_boxes.py): whether a
+// How a box samples a grid: arithmetic of RoIAlign that the kernels of roi_align_3d and pyramid_roi_align share. One
+// axis at a time: bilinear weights are separable. Coordinates stay floating point until they are known to lie on the
+// grid, so a box may hold anything. The order of operations is the reference's (evad_kernels/_boxes.py): whether a
 // sample lies outside is decided alike everywhere.
 #pragma once
 
@@ -60,7 +60,7 @@ EVAD_HOST_DEVICE bool bilinear(Box at, int64_t size, int64_t& cell, Box& next_we
   return true;
 }
 
-// Index among `count` levels, of which the finest is number `first`, of a box; a box that has no level goes to the finest.
+// Index among `count` levels, of which the finest is number `first`, of a box; one without a level goes to the finest.
 template <class Box>
 EVAD_HOST_DEVICE int64_t pyramid_level(const Box* corners, Box canonical_size, int64_t canonical_level, int64_t first,
                                        int64_t count) {

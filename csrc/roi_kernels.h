@@ -1,6 +1,6 @@
-// The inner loops of RoI sampling for one instruction set, over the channels of one box in one frame. roi_align_3d.cpp and
-// pyramid_roi_align.cpp cut the work; F is float or double. Files that are compiled with wide instructions include this and
-// no standard template.
+// The inner loops of RoI sampling for one instruction set, over the channels of one box in one frame. roi_align_3d.cpp
+// and pyramid_roi_align.cpp cut the work; F is float or double. Files that are compiled with wide instructions include
+// this and no standard template.
 #pragma once
 
 #include <cstdint>
@@ -45,8 +45,8 @@ struct RoiKernels {
   void (*bins)(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, int64_t count,
                F* samples, F* workspace);
   // sum[c] += largest bin; the first of equal ones goes to index[c] if that is not null. A NaN is the largest.
-  void (*largest)(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, int64_t count, F* sum,
-                  int32_t* index, F* workspace);
+  void (*largest)(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, int64_t count,
+                  F* sum, int32_t* index, F* workspace);
   // grad_cells[(y * Gw + x) * count + c] += what arrives from grad_samples[bin * count + c]
   void (*grad_bins)(const RoiShape& shape, const RoiBox<F>& box, const F* grad_samples, int64_t count, F* grad_cells,
                     F* workspace);

@@ -1,9 +1,9 @@
 // RoI sampling in vector extensions, compiled once per instruction set by roi_<isa>.cpp, which names EVAD_ISA,
-// EVAD_VECTOR_BYTES and EVAD_VECTORS before it includes this file. Everything is in that namespace and no standard template
-// is used: code with wide instructions must not leak.
+// EVAD_VECTOR_BYTES and EVAD_VECTORS before it includes this file. Everything is in that namespace and no standard
+// template is used: code with wide instructions must not leak.
 //
-// Separable: a row of the grid is summed over its columns once per column of bins, into a ring of rows that stays in the
-// first-level cache; a bin is a short sum over that ring. EVAD_VECTORS vectors of channels go through in registers.
+// Separable: a row of the grid is summed over its columns once per column of bins, into a ring of rows that stays in
+// the first-level cache; a bin is a short sum over that ring. EVAD_VECTORS vectors of channels go through in registers.
 #include "roi_kernels.h"
 
 #define EVAD_INLINE __attribute__((always_inline)) inline
@@ -133,7 +133,8 @@ void bins(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int
           F* workspace) {
   for_channels<F>(count, [&](auto vectors, int64_t c) EVAD_INLINE_LAMBDA {
     using L = decltype(vectors);
-    for_bins<L, F>(shape, box, cell, begin + c, workspace, [&](int64_t bin, const typename L::V* sum) EVAD_INLINE_LAMBDA {
+    using Sum = const typename L::V*;
+    for_bins<L, F>(shape, box, cell, begin + c, workspace, [&](int64_t bin, Sum sum) EVAD_INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int v = 0; v < L::kCount; ++v) L::store(samples + bin * count + c + v * L::kLanes, sum[v]);
     });

@@ -14,7 +14,8 @@
 
 namespace evad {
 
-// Boxes as the callers pass them: corners [R, frames, 4] float or double, contiguous; batch [R] or null for r / (R / B).
+// Boxes as the callers pass them: corners [R, frames, 4] float or double, contiguous; batch [R], or null: row r is of
+// image r / (R / B).
 struct RoiBoxes {
   const void* corners;
   bool is_double;
@@ -33,6 +34,13 @@ RoiKernels<F> roi_kernels() {
 #endif
   (void)isa;
   return baseline::roi_kernels<F>();
+}
+
+// `taps`: at most, of one bin along the rows of the grid.
+inline RoiShape roi_shape(const RoiSampling& sampling, int64_t Gw, int64_t taps) {
+  int64_t ring = 1;
+  while (ring < 2 * taps) ring *= 2;
+  return {sampling.oh, sampling.ow, Gw, ring, sampling.oh * taps};
 }
 
 // Rows of boxes by image: of image b they are order[begin[b]] to order[begin[b + 1]], ascending.

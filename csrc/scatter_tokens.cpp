@@ -60,13 +60,10 @@ void scatter_tokens_backward_fill(const T* grad_dense, const int32_t* slot, bool
   }
 }
 
-#define EVAD_INSTANTIATE(T)                                                                                            \
-  template void scatter_tokens_backward_fill<T>(const T*, const int32_t*, bool, int64_t, int64_t, int64_t, T*, double*, \
-                                                int);
-EVAD_INSTANTIATE(float)
-EVAD_INSTANTIATE(double)
-EVAD_INSTANTIATE(float16)
-EVAD_INSTANTIATE(bfloat16)
+#define EVAD_INSTANTIATE(T)                                                                                    \
+  template void scatter_tokens_backward_fill<T>(const T*, const int32_t*, bool, int64_t, int64_t, int64_t, T*, \
+                                                double*, int);
+EVAD_FOR_EVERY_DTYPE(EVAD_INSTANTIATE)
 #undef EVAD_INSTANTIATE
 
 }  // namespace evad

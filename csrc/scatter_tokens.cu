@@ -1,5 +1,5 @@
-// scatter_tokens on a GPU. Forward and backward are copy_rows (copy_rows.cuh). The gradient of the fill reads each dropped
-// row once, a thread a channel, and needs no atomics: one thread owns each sum.
+// scatter_tokens on a GPU. Forward and backward are copy_rows (copy_rows.cuh). The gradient of the fill reads each
+// dropped row once, a thread a channel, and needs no atomics: one thread owns each sum.
 #include "copy_rows.cuh"
 #include "cuda_launch.cuh"
 #include "scatter_tokens.h"
@@ -73,13 +73,10 @@ void scatter_tokens_backward_fill(const T* grad_dense, const int32_t* slot, bool
   check_launch(kOp);
 }
 
-#define EVAD_INSTANTIATE(T)                                                                                            \
-  template void scatter_tokens_backward_fill<T>(const T*, const int32_t*, bool, int64_t, int64_t, int64_t, T*, double*, \
-                                                Stream);
-EVAD_INSTANTIATE(float)
-EVAD_INSTANTIATE(double)
-EVAD_INSTANTIATE(float16)
-EVAD_INSTANTIATE(bfloat16)
+#define EVAD_INSTANTIATE(T)                                                                                    \
+  template void scatter_tokens_backward_fill<T>(const T*, const int32_t*, bool, int64_t, int64_t, int64_t, T*, \
+                                                double*, Stream);
+EVAD_FOR_EVERY_DTYPE(EVAD_INSTANTIATE)
 #undef EVAD_INSTANTIATE
 
 }  // namespace evad

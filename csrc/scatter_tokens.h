@@ -51,8 +51,8 @@ void scatter_tokens_forward(const ScatterRows& source, int64_t B, char* dense, S
 void scatter_tokens_backward(const ScatterGradRows& source, int64_t B, int64_t K, char* grad_tokens, int threads);
 void scatter_tokens_backward(const ScatterGradRows& source, int64_t B, int64_t K, char* grad_tokens, Stream stream);
 
-// grad_fill[f, c] = the sum of grad_dense[b, cell, c] over the dropped (b, cell) that show fill row f, in double: within runs
-// of kFillRun cells, then over runs, so the order is one for all devices and numbers of threads.
+// grad_fill[f, c] = the sum of grad_dense[b, cell, c] over the dropped (b, cell) that show fill row f, in double:
+// within runs of kFillRun cells, then over runs, so the order is one for all devices and numbers of threads.
 //   partial [fill_runs(B, cells), C], used where the fill is one row
 constexpr int64_t kFillRun = 64;
 inline int64_t fill_runs(int64_t B, int64_t cells) { return (B * cells + kFillRun - 1) / kFillRun; }

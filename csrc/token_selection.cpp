@@ -115,10 +115,7 @@ void gather_tokens_backward(const GatherGradRows& source, int32_t* copies, T* gr
 #define EVAD_INSTANTIATE(T)                                                                                         \
   template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int);             \
   template void gather_tokens_backward<T>(const GatherGradRows&, int32_t*, T*, int);
-EVAD_INSTANTIATE(float)
-EVAD_INSTANTIATE(double)
-EVAD_INSTANTIATE(float16)
-EVAD_INSTANTIATE(bfloat16)
+EVAD_FOR_EVERY_DTYPE(EVAD_INSTANTIATE)
 #undef EVAD_INSTANTIATE
 
 }  // namespace evad

@@ -1,8 +1,8 @@
 // select_tokens and gather_tokens on a GPU.
-// select_tokens: one block a row. Radix selection, 8 bits a step: a histogram in shared memory, one warp finds the digit.
-// Then a stable compaction: ballots, and one scan over warps. Up to kThreads * kKeysPerThread keys stay in registers (a row
-// is read once, 4 M bytes); a longer row is read again for each step. Writes 8 num_select bytes. Counts are integers, so
-// the order in which threads arrive does not show.
+// select_tokens: one block a row. Radix selection, 8 bits a step: a histogram in shared memory, one warp finds the
+// digit. Then a stable compaction: ballots, and one scan over warps. Up to kThreads * kKeysPerThread keys stay in
+// registers (a row is read once, 4 M bytes); a longer row is read again for each step. Writes 8 num_select bytes.
+// Counts are integers, so the order in which threads arrive does not show.
 // gather_tokens: copy_rows (copy_rows.cuh); its backward too, except for a token that was kept more than once.
 #include "copy_rows.cuh"
 #include "cuda_launch.cuh"
@@ -171,8 +171,8 @@ template <class T>
 void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select,
                    int64_t* index, Stream stream) {
   for (int64_t b = 0; b < B && num_select > 0; b += kMaxBlocks) {
-    select_tokens_kernel<T><<<blocks_for(B - b, 1), kThreads, 0, stream>>>(importance + b * stride_b, stride_b, stride_m,
-                                                                           M, num_select, index + b * num_select);
+    select_tokens_kernel<T><<<blocks_for(B - b, 1), kThreads, 0, stream>>>(
+        importance + b * stride_b, stride_b, stride_m, M, num_select, index + b * num_select);
     check_launch("select_tokens");
   }
 }
@@ -203,10 +203,7 @@ void gather_tokens_backward(const GatherGradRows& source, int32_t* copies, T* gr
 #define EVAD_INSTANTIATE(T)                                                                                    \
   template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, Stream);     \
   template void gather_tokens_backward<T>(const GatherGradRows&, int32_t*, T*, Stream);
-EVAD_INSTANTIATE(float)
-EVAD_INSTANTIATE(double)
-EVAD_INSTANTIATE(float16)
-EVAD_INSTANTIATE(bfloat16)
+EVAD_FOR_EVERY_DTYPE(EVAD_INSTANTIATE)
 #undef EVAD_INSTANTIATE
 
 }  // namespace evad
