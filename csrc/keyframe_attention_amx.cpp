@@ -237,6 +237,11 @@ inline __m512 exp2_ps(__mmask16 mask, __m512 t) {
   return _mm512_maskz_scalef_ps(mask, y, t);
 }
 
+// A product that the compiler does not contract with what follows.
+inline __m512 rounded_product(__m512 a, __m512 b) {
+  return _mm512_mul_round_ps(a, b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 // Cuts a workspace into 64-byte aligned arrays; with a null base it only counts.
 class Arena {
  public:
@@ -305,7 +310,7 @@ struct ForwardRows {
       logits(n, w.probability);
       for (int row = 0; row < kBlock; ++row)
         for (int half = 0; half < 2; ++half) {
-          const __m512 t = _mm512_mul_ps(_mm512_load_ps(w.probability + row * kBlock + 16 * half), factor);
+          const __m512 t = rounded_product(_mm512_load_ps(w.probability + row * kBlock + 16 * half), factor);
           largest[row] = _mm512_mask_max_ps(largest[row], mask >> 16 * half, largest[row], t);
         }
     }
@@ -321,8 +326,9 @@ struct ForwardRows {
 #pragma GCC unroll 4
     for (int row = 0; row < kBlock; ++row, p += kBlock, sum += 16, to += 2 * kBlock) {
       const __m512 shift = _mm512_set1_ps(w.shift[row]);
-      const __m512 a = exp2_ps(first, _mm512_fmsub_ps(_mm512_load_ps(p), factor, shift));
-      const __m512 b = exp2_ps(second, _mm512_fmsub_ps(_mm512_load_ps(p + 16), factor, shift));
+      // Rounded as row_maxima rounds, so the largest logit has 2^0: in one FMA a logit of 1e10 would leave its rounding.
+      const __m512 a = exp2_ps(first, _mm512_sub_ps(rounded_product(_mm512_load_ps(p), factor), shift));
+      const __m512 b = exp2_ps(second, _mm512_sub_ps(rounded_product(_mm512_load_ps(p + 16), factor), shift));
       if (kImportance) {
         _mm512_store_ps(p, a);
         _mm512_store_ps(p + 16, b);

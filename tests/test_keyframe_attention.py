@@ -435,6 +435,18 @@ def test_nan_and_infinity_spread_as_in_torch(isa, which, bad):
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
+@every_isa_and_dtype
+@pytest.mark.parametrize("case", ["one token", "odd"])
+def test_huge_logits(isa, dtype, case):
+    (query, key, value), keywords, _ = make(case, dtype)
+    scale = 1e15
+    with use_backend("reference"):
+        want = keyframe_attention(query, key, value, scale=scale, **keywords)
+    output, importance = keyframe_attention(query, key, value, scale=scale, **keywords)
+    assert want.output.isfinite().all() and output.isfinite().all()
+    torch.testing.assert_close(importance, want.importance, atol=1e-6, rtol=0)
+
+
 def test_row_of_minus_infinity_is_nan(backend):
     query, key, value = torch.ones(1, 1, 3, 1), torch.full((1, 1, 3, 1), -torch.inf), torch.ones(1, 1, 3, 1)
     assert keyframe_attention(query, key, value, num_keyframe=3).output.isnan().all()
