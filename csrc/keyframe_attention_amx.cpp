@@ -462,7 +462,8 @@ struct BackwardWorkspace {
   float *logits, *grad_probability;  // [32, 32]
   char *probability, *grad_logit;    // [2, 32 keys, 128]: high and low, left operands
   char* grad_logit_right;   // [2, 128 / 16] tiles: the right operand
-  float *lse, *weight, *row_term;    // [128]
+  float *shift, *weight;             // [128]: P = 2^(logit - shift) / sum
+  float *row_term, *inverse;         // [128]: sum_j P_ij dP_ij, 1 / sum
   size_t bytes;
 
   BackwardWorkspace(char* base, int64_t N, int64_t D) {
@@ -485,9 +486,10 @@ struct BackwardWorkspace {
     probability = arena.take(2 * kBlock * kQueries * 2);
     grad_logit = arena.take(2 * kBlock * kQueries * 2);
     grad_logit_right = arena.take(2 * kBlock * kQueries * 2);
-    lse = arena.take<float>(kQueries);
+    shift = arena.take<float>(kQueries);
     weight = arena.take<float>(kQueries);
     row_term = arena.take<float>(kQueries);
+    inverse = arena.take<float>(kQueries);
     bytes = arena.used();
   }
 };
@@ -501,13 +503,19 @@ struct BackwardRows {
   bool first;     // the first rows of the head: grad_key and grad_value start from zero
   static constexpr int kStride = kQueries * 2, kLow = kBlock * kStride;
 
-  // Logits and dO . V of 32 keys and 32 queries.
-  void products(int64_t n, int part) const {
+  // Of 32 keys and 32 queries.
+  void logits(int64_t n, int part) const {
     const int64_t stride = 64 * slices;
     zero_2x2();
     for (int64_t k = 0; k < slices; ++k)
       dot_2x2(w.key + n * kBlock * stride + 64 * k, stride, w.query + (part * slices + k) * 2 * kTileBytes);
     store_2x2(w.logits);
+  }
+
+  // Logits and dO . V of 32 keys and 32 queries.
+  void products(int64_t n, int part) const {
+    const int64_t stride = 64 * slices;
+    logits(n, part);
     zero_2x2();
     for (int64_t k = 0; k < slices; ++k)
       dot_2x2(w.value + n * kBlock * stride + 64 * k, stride, w.grad_output + (part * slices + k) * 2 * kTileBytes);
@@ -517,34 +525,67 @@ struct BackwardRows {
   struct Pair {
     __m512 probability, grad_probability;
   };
-  // Of a key and 16 queries; no key past the last has a probability.
+  // Of a key and 16 queries, P times its row's sum; no key past the last has a probability.
   Pair pair(int64_t n, int key, int part, int half) const {
     const int at = part * kBlock + 16 * half, in = key * kBlock + 16 * half;
     const __mmask16 real = n * kBlock + key < N ? 0xffff : 0;
-    const __m512 t = _mm512_fmsub_ps(_mm512_load_ps(w.logits + in), factor, _mm512_load_ps(w.lse + at));
+    const __m512 t = _mm512_fmsub_ps(_mm512_load_ps(w.logits + in), factor, _mm512_load_ps(w.shift + at));
     const __m512 importance = _mm512_set1_ps(w.importance[n * kBlock + key]);
     return {exp2_ps(real, t),
             _mm512_fmadd_ps(_mm512_load_ps(w.weight + at), importance, _mm512_load_ps(w.grad_probability + in))};
   }
 
-  // row_term = sum_j P_ij dP_ij.
+  // The shift is the log-sum-exp, whose rounding grows with the logits: where it is large, the exact row maximum, so that
+  // a probability of 1 is exactly 1 and leaves no gradient.
+  void exact_shifts() const {
+    bool large = false;
+    for (int i = 0; i < parts * kBlock; ++i) large |= fabsf(w.shift[i]) > kMaxExponent && w.shift[i] < INFINITY;
+    if (!large) return;
+    for (int part = 0; part < parts; ++part) {
+      __m512 largest[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)};
+      for (int64_t n = 0; n * kBlock < N; ++n) {
+        logits(n, part);
+        for (int key = 0; key < kBlock && n * kBlock + key < N; ++key)
+          for (int half = 0; half < 2; ++half) {
+            const __m512 t = _mm512_mul_ps(_mm512_load_ps(w.logits + key * kBlock + 16 * half), factor);
+            largest[half] = _mm512_max_ps(t, largest[half]);
+          }
+      }
+      for (int half = 0; half < 2; ++half) {
+        float* to = w.shift + part * kBlock + 16 * half;
+        const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_load_ps(to), _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
+        _mm512_mask_store_ps(to, finite, largest[half]);
+      }
+    }
+  }
+
   void row_terms() const {
-    for (int i = 0; i < kQueries; ++i) w.row_term[i] = 0;
+    for (int i = 0; i < kQueries; ++i) w.row_term[i] = w.inverse[i] = 0;
     for (int64_t n = 0; n * kBlock < N; ++n)
       for (int part = 0; part < parts; ++part) {
         products(n, part);
-        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, row_sum[2] = {sum[0], sum[0]};
         for (int key = 0; key < kBlock; ++key)
 #pragma GCC unroll 2
           for (int half = 0; half < 2; ++half) {
             const Pair x = pair(n, key, part, half);
             sum[half] = _mm512_fmadd_ps(x.probability, x.grad_probability, sum[half]);
+            row_sum[half] = _mm512_add_ps(x.probability, row_sum[half]);
           }
         for (int half = 0; half < 2; ++half) {
-          float* to = w.row_term + part * kBlock + 16 * half;
-          _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), sum[half]));
+          const int at = part * kBlock + 16 * half;
+          _mm512_store_ps(w.row_term + at, _mm512_add_ps(_mm512_load_ps(w.row_term + at), sum[half]));
+          _mm512_store_ps(w.inverse + at, _mm512_add_ps(_mm512_load_ps(w.inverse + at), row_sum[half]));
         }
       }
+    for (int at = 0; at < parts * kBlock; at += 16) {
+      const __m512 row_sum = _mm512_load_ps(w.inverse + at);
+      // Rows past the last sum to 0.
+      const __mmask16 real = _mm512_cmp_ps_mask(row_sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      const __m512 inverse = _mm512_maskz_div_ps(real, _mm512_set1_ps(1.0f), row_sum);
+      _mm512_store_ps(w.inverse + at, inverse);
+      _mm512_store_ps(w.row_term + at, _mm512_mul_ps(_mm512_load_ps(w.row_term + at), inverse));
+    }
   }
 
   // P and dS = P (dP - row term) of 32 keys and 32 queries, in the forms that the three products take.
@@ -557,9 +598,10 @@ struct BackwardRows {
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
           const Pair x = pair(n, key + 16 * i, part, half);
-          const __m512 row_term = _mm512_load_ps(w.row_term + part * kBlock + 16 * half);
-          probability[half] = x.probability;
-          grad_logit[i][half] = _mm512_mul_ps(x.probability, _mm512_sub_ps(x.grad_probability, row_term));
+          const int of_query = part * kBlock + 16 * half;
+          const __m512 row_term = _mm512_load_ps(w.row_term + of_query);
+          probability[half] = _mm512_mul_ps(x.probability, _mm512_load_ps(w.inverse + of_query));
+          grad_logit[i][half] = _mm512_mul_ps(probability[half], _mm512_sub_ps(x.grad_probability, row_term));
         }
         const int64_t at = (key + 16 * i) * kStride + part * 64;
         split(probability[0], probability[1], w.probability + at, w.probability + at + kLow);
@@ -598,6 +640,7 @@ struct BackwardRows {
   }
 
   void run() const {
+    exact_shifts();
     row_terms();
     for (int64_t n = 0; n * kBlock < N; ++n) {
       for (int part = 0; part < parts; ++part) {
@@ -689,7 +732,7 @@ void backward(const AttentionBackwardTask& t, char* workspace) {
       const bool real = r < count;
       const int64_t i = real ? t.row[begin + r] : 0;
       // Rows past the last have no probability.
-      w.lse[r] = real ? static_cast<const float*>(t.lse)[i] * log2e : INFINITY;
+      w.shift[r] = real ? static_cast<const float*>(t.lse)[i] * log2e : INFINITY;
       w.weight[r] = i < t.num_keyframe ? static_cast<float>(t.keyframe_weight) : 1.0f;
     }
     for (int part = 0; part < parts; ++part) {

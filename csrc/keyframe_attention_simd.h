@@ -408,7 +408,6 @@ void backward(const AttentionBackwardTask& t, char* workspace) {
   const BackwardWorkspace<C> w(workspace, t.N, t.D);
   const int64_t stride = logit_stride<C>(t.N), columns = round_up(t.N, kWidth<C>), padded_D = round_up(t.D, kWidth<C>);
   const C scale = static_cast<C>(t.scale), keyframe_weight = static_cast<C>(t.keyframe_weight);
-  const C* lse = static_cast<const C*>(t.lse);
   pack_transposed<C>(static_cast<const T*>(t.key), t.key_stride, t.N, t.D, w.key);
   pack_transposed<C>(static_cast<const T*>(t.value), t.value_stride, t.N, t.D, w.value);
   pack_rows<C>(static_cast<const T*>(t.key), t.key_stride, t.N, t.D, w.key_rows);
@@ -436,27 +435,35 @@ void backward(const AttentionBackwardTask& t, char* workspace) {
     };
     copy_rows<C, T>(query, t.D, w.query);
     copy_rows<C, T>(grad_output, t.D, w.grad_output);
-    block_logits<false, C>(w.query, w.key, t.N, t.D, static_cast<C>(t.scale * kLog2E), w.pad, w.last_pad, w.logits,
-                           stride, nullptr);
+    Vector<C> maxima[kBlock];
+    for (int64_t r = 0; r < kBlock; ++r) maxima[r] = splat(-static_cast<C>(__builtin_inf()));
+    block_logits<true, C>(w.query, w.key, t.N, t.D, static_cast<C>(t.scale * kLog2E), w.pad, w.last_pad, w.logits,
+                          stride, maxima);
     block_logits<false, C>(w.grad_output, w.value, t.N, t.D, C(1), w.pad, w.pad, w.grad, stride, nullptr);
 
     for (int64_t r = 0; r < count; ++r) {
       C *p = w.logits + r * stride, *grad = w.grad + r * stride;
       const int64_t i = t.row[begin + r];
-      const C log_sum = lse[i] * static_cast<C>(kLog2E);
+      // From the maximum, not from the rounded log-sum-exp: where one probability is 1 it must be so exactly, or large
+      // logits leave a multiple of the rounding as gradient.
+      const C maximum = largest<C>(maxima[r]);
       const C scaled_weight =
           row_weight(i, t.num_keyframe, keyframe_weight) * static_cast<C>(t.importance_scale);
-      Vector<C> sum = {};
+      Vector<C> sum = {}, row_sum = {};
       for (int64_t j = 0; j < columns; j += kWidth<C>) {
-        const Vector<C> probability = exp2<C>(load(p + j) - log_sum);
+        const Vector<C> probability = exp2<C>(load(p + j) - maximum);
         const Vector<C> arriving = grad_probability<Vector<C>>(load(grad + j), load(w.importance + j), scaled_weight);
         store(p + j, probability);
         store(grad + j, arriving);
         sum += probability * arriving;
+        row_sum += probability;
       }
-      const C row_term = total<C>(sum);
-      for (int64_t j = 0; j < columns; j += kWidth<C>)
-        store(grad + j, grad_logit<Vector<C>>(load(p + j), load(grad + j), row_term, scale));
+      const C inverse = 1 / total<C>(row_sum), row_term = total<C>(sum) * inverse;
+      for (int64_t j = 0; j < columns; j += kWidth<C>) {
+        const Vector<C> probability = load(p + j) * inverse;
+        store(p + j, probability);
+        store(grad + j, grad_logit<Vector<C>>(probability, load(grad + j), row_term, scale));
+      }
     }
 
     if (t.grad_output)

@@ -495,6 +495,26 @@ def test_rejects_bad_input(backend, change, error, message):
             keyframe_attention(**arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("large", [1e2, 1e4])
+def test_gradient_of_saturated_rows(dtype, large):
+    """Where one probability is 1, no gradient may be left of it, however large the logits are."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 70, 16, generator=generator, dtype=torch.float64) for _ in range(3)]
+    inputs[0][:, :, ::3] *= large
+    inputs = [x.to(dtype) for x in inputs]
+
+    def run(*qkv):
+        return keyframe_attention(*qkv, num_keyframe=7)
+
+    _, grads = gradients(run, inputs)
+    with use_backend("reference"):
+        _, reference_grads = gradients(run, inputs)
+        _, true_grads = gradients(run, [x.double() for x in inputs])
+    for label, *three in zip(("grad_query", "grad_key", "grad_value"), grads, reference_grads, true_grads, strict=True):
+        assert_accurate(*three, label=label)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape(data):
