@@ -318,6 +318,14 @@ struct ForwardRows {
       w.shift[row] = w.shift[row] <= kMaxExponent ? 0.0f : _mm512_reduce_max_ps(largest[row]);
   }
 
+  // Bounded: the shift is 0.
+  template <bool kBounded>
+  __m512 exponent(const float* logits, __m512 shift) const {
+    const __m512 t = rounded_product(_mm512_load_ps(logits), factor);
+    return kBounded ? t : _mm512_sub_ps(t, shift);
+  }
+
+  template <bool kBounded>
   void exponentials(int64_t n) const {
     const __mmask32 mask = first_lanes(N - n * kBlock);
     const __mmask16 first = mask, second = mask >> 16;
@@ -327,8 +335,8 @@ struct ForwardRows {
     for (int row = 0; row < kBlock; ++row, p += kBlock, sum += 16, to += 2 * kBlock) {
       const __m512 shift = _mm512_set1_ps(w.shift[row]);
       // Rounded as row_maxima rounds, so the largest logit has 2^0: in one FMA a logit of 1e10 would leave its rounding.
-      const __m512 a = exp2_ps(first, _mm512_sub_ps(rounded_product(_mm512_load_ps(p), factor), shift));
-      const __m512 b = exp2_ps(second, _mm512_sub_ps(rounded_product(_mm512_load_ps(p + 16), factor), shift));
+      const __m512 a = exp2_ps(first, exponent<kBounded>(p, shift));
+      const __m512 b = exp2_ps(second, exponent<kBounded>(p + 16, shift));
       if (kImportance) {
         _mm512_store_ps(p, a);
         _mm512_store_ps(p + 16, b);
@@ -351,13 +359,14 @@ struct ForwardRows {
     }
   }
 
+  template <bool kBounded>
   void run() const {
     for (int i = 0; i < kBlock; ++i) _mm512_store_ps(w.sum + 16 * i, _mm512_setzero_ps());
     const int64_t blocks = round_up(N, kBlock) / kBlock;
     logits(0, block(0));
     for (int64_t n = 0; n < blocks; ++n) {
       if (n + 1 < blocks) logits(n + 1, block(n + 1));
-      exponentials(n);
+      exponentials<kBounded>(n);
       if ((n + 1) % kGroup == 0 || n + 1 == blocks) add_output(n / kGroup * kGroup, n + 1);
     }
   }
@@ -405,11 +414,13 @@ void forward_rows(const AttentionForwardTask& t, const ForwardWorkspace& w) {
       w.shift[row] = sqrtf(_mm512_reduce_add_ps(norm) * *w.key_norm) * fabsf(factor);
       bounded &= w.shift[row] <= kMaxExponent;  // not so for NaN
     }
-    if (bounded)
+    if (bounded) {
       for (int row = 0; row < kBlock; ++row) w.shift[row] = 0;
-    else
+      all_keys.template run<true>();
+    } else {
       all_keys.row_maxima();
-    all_keys.run();
+      all_keys.template run<false>();
+    }
 
     for (int row = 0; row < rows; ++row) {
       const int64_t i = begin + row;
@@ -529,7 +540,8 @@ struct BackwardRows {
   Pair pair(int64_t n, int key, int part, int half) const {
     const int at = part * kBlock + 16 * half, in = key * kBlock + 16 * half;
     const __mmask16 real = n * kBlock + key < N ? 0xffff : 0;
-    const __m512 t = _mm512_fmsub_ps(_mm512_load_ps(w.logits + in), factor, _mm512_load_ps(w.shift + at));
+    const __m512 logit = rounded_product(_mm512_load_ps(w.logits + in), factor);
+    const __m512 t = _mm512_sub_ps(logit, _mm512_load_ps(w.shift + at));
     const __m512 importance = _mm512_set1_ps(w.importance[n * kBlock + key]);
     return {exp2_ps(real, t),
             _mm512_fmadd_ps(_mm512_load_ps(w.weight + at), importance, _mm512_load_ps(w.grad_probability + in))};
@@ -547,7 +559,7 @@ struct BackwardRows {
         logits(n, part);
         for (int key = 0; key < kBlock && n * kBlock + key < N; ++key)
           for (int half = 0; half < 2; ++half) {
-            const __m512 t = _mm512_mul_ps(_mm512_load_ps(w.logits + key * kBlock + 16 * half), factor);
+            const __m512 t = rounded_product(_mm512_load_ps(w.logits + key * kBlock + 16 * half), factor);
             largest[half] = _mm512_max_ps(t, largest[half]);
           }
       }

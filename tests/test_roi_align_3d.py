@@ -245,7 +245,7 @@ def test_one_graph_for_all_lengths():
         return graph.forward
 
     compiled = torch.compile(roi_pool_3d, fullgraph=True, dynamic=True, backend=count)
-    for n, K in ((4, 36), (3, 30), (2, 21)):
+    for n, K in ((3, 36), (2, 30), (3, 21)):  # not 4, the size of a box: torch would take the two for one
         inputs = tokens[:, :K], position[:, :K], boxes[:, :n]
         want = roi_pool_3d(*inputs, background=fill, **options)
         assert torch.equal(compiled(*inputs, background=fill, **options), want)
