@@ -3,7 +3,7 @@
 // probabilities of the 32 rows, 128 N bytes, stay in the second-level cache until their sums are known: then they are
 // added, normalised, to the column sum. Backward: 128 query rows against 32 keys, twice: the row terms, the gradients.
 // Probabilities and logit gradients enter a product as two bfloat16, high and low: one alone breaks the rule of
-// accuracy in 1-5 % of random cases; with both the results round as the reference's do.
+// accuracy in 1 % of random cases; with both the results round as the reference's do.
 // Taking turns at tile and vector work is as fast as weaving them: near tile work the core runs FMA at half rate.
 #include <immintrin.h>
 #include <math.h>
