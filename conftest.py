@@ -4,12 +4,19 @@ pytest                                  tests/
 pytest -m slow                          the tests that take minutes; plain pytest skips them and says so
 pytest --benchmark                      benchmarks/, into benchmarks/results/ and the README's tables
 pytest --benchmark --benchmark-smoke    every benchmark once, nothing written
+
+Without a GPU, Triton kernels are interpreted on CPU tensors: what they compute is tested, their speed is not.
 """
 
+import os
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of evad_kernels
 
 
 def pytest_addoption(parser):
@@ -60,13 +67,17 @@ def poisoned_memory(request):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def backend(request):
-    """Runs a test once a backend that this machine has."""
+    """Runs a test on each backend of this machine that serves the ops of its file; new tensors are on its device."""
     import evad_kernels
     from evad_kernels import _backend
 
-    if (reason := _backend.MISSING[request.param]) is not None:
+    stem = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    ops = [op for op in _backend.IMPLEMENTED if getattr(evad_kernels, op).__module__.endswith(f".{stem}")]
+    reasons = [_backend.unavailable(op, request.param) for op in ops] or [_backend.MISSING[request.param]]
+    if reason := next(filter(None, reasons), None):
         pytest.skip(f"backend {request.param}: {reason}")
-    with evad_kernels.use_backend(request.param):
+    on_gpu = _backend.DEVICE.get(request.param) == "cuda"
+    with evad_kernels.use_backend(request.param), torch.device("cuda") if on_gpu else nullcontext():
         yield request.param

@@ -3,7 +3,7 @@
 Backends
     reference   plain PyTorch, beside each op; every device and dtype; what the others are checked against
     cpu         C++ kernels of the native module (csrc/)
-    triton      Triton kernels, for a GPU without nvcc; none is here yet
+    triton      Triton kernels, so a GPU works without nvcc; on CPU tensors where Triton interprets (TRITON_INTERPRET=1)
     cuda        CUDA C++ kernels of the native module
 
 ``choose`` is plain Python on module globals, so torch.compile traces through it and recompiles when the choice changes.
@@ -12,10 +12,10 @@ Backends
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,7 +39,10 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
 BY_NAME_ONLY = {("select_tokens", "cuda"), ("gather_tokens", "cuda"), ("scatter_tokens", "cuda")}
 UNTESTED = "by name only: not yet tested on a GPU"
 
-DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # backend -> the device type it serves
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it, at the import of a kernel
+
+# backend -> the device type it serves
+DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "cuda": "cuda"}
 
 DTYPE_CODE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # csrc/host_device.h: DType
 
@@ -68,15 +71,11 @@ def _missing(backend: str) -> str | None:
         return None
     if backend == "cpu":
         return _native_missing
-    if not torch.cuda.is_available():
+    if DEVICE[backend] == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     if backend == "cuda":
         return _native_missing if native is None else None if native.with_cuda else "built without nvcc"
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton does not import ({error})"
-    return None
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
 
 
 MISSING = {backend: _missing(backend) for backend in BACKENDS}  # asked once: choose() is on every call's path
@@ -120,11 +119,11 @@ def choose(op: str, tensor: Tensor) -> str:
         if device == "meta":  # shapes alone: the op's fake, whatever this machine can run
             return IMPLEMENTED[op][0]
         for backend in IMPLEMENTED[op]:
-            if DEVICE[backend] == device and MISSING[backend] is None and (op, backend) not in BY_NAME_ONLY:
+            if (op, backend) not in BY_NAME_ONLY and DEVICE[backend] == device and _refusal(backend, tensor) is None:
                 return backend
         return "reference"
     if _requested != "reference":
-        reason = unavailable(op, _requested)
+        reason = unavailable(op, _requested) or _refusal(_requested, tensor)
         if reason is not None:
             raise RuntimeError(f"{op}: backend must be available, got {_requested!r}: {reason}")
         if DEVICE[_requested] != device:
@@ -133,6 +132,21 @@ def choose(op: str, tensor: Tensor) -> str:
                 f"which serves {DEVICE[_requested]}"
             )
     return _requested
+
+
+def _refusal(backend: str, tensor: Tensor) -> str | None:
+    """Why ``backend`` cannot take ``tensor``, or None."""
+    if backend == "triton" and tensor.dtype == torch.float64:
+        return "Triton kernels compute in float32, float64 is for reference and cpu"
+    return MISSING[backend]
+
+
+def in_force(op: str, backends: Iterable[str]) -> str:
+    """Which of ``backends``, all of one device, runs ``op`` now: the one asked for, else the first available."""
+    if _requested in backends:
+        return _requested
+    available = [b for b in IMPLEMENTED[op] if b in backends and MISSING[b] is None]
+    return next((b for b in available if (op, b) not in BY_NAME_ONLY), available[0])
 
 
 def unavailable(op: str, backend: str) -> str | None:
