@@ -172,12 +172,11 @@ class EVADConfig:
     def tiny(cls, keep_rate: float = 0.7, **fields) -> EVADConfig:
         """A whole EVAD of 1.8 M parameters for 96 x 96 clips, small enough to train on two CPU cores.
 
-        A token is 4 frames of 12 x 12 pixels (256 tokens a clip), long enough for the keyframe to see motion. The
+        A token is 4 frames of 12 x 12 pixels (256 tokens a clip), half a second, so the keyframe sees some motion. The
         pyramid's canonical size is 48 pixels, so that actors of 32 to 46 pixels and the whole frame use different
         levels. ``fields`` replace single numbers.
         """
         tiny = {
-            "frame_stride": 1,
             "short_side": 96,
             "tubelet_size": 4,
             "patch_size": 12,

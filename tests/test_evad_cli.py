@@ -130,7 +130,7 @@ def test_detect_equals_the_library(short_video, tmp_path, capfd, checkpoint):
     model = EVAD(read_config(checkpoint))
     load_checkpoint(model, checkpoint)
     with Video(short_video) as video:
-        clip = read_clip(video, 1.0, stride=1, prepare=lambda frame: resize(frame.rgb(), 96))
+        clip = read_clip(video, 1.0, prepare=lambda frame: resize(frame.rgb(), 96))
     pixels = normalize(clip.samples)
     found = model.detect([pixels])[0]
     rows = list(csv.reader((tmp_path / "two seconds.detections.csv").open()))

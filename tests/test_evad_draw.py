@@ -1,9 +1,9 @@
-"""evad.draw and evad.synthetic: labels that can be read, pictures of what is kept, the rendered clip."""
+"""evad.draw: labels that can be read, pictures of what is kept."""
 
 import numpy as np
 import pytest
 
-from evad import draw, synthetic
+from evad import draw
 
 ACTIONS = [
     ("walk", 0.87),
@@ -110,27 +110,3 @@ def test_pruning_pictures(options):
     assert len(pictures) == len(example.frames)
     assert len({picture.shape for picture in pictures}) == 1
     assert all(side % 2 == 0 for side in pictures[0].shape[:2])
-
-
-def test_rendered_clip_is_repeatable_and_moves():
-    first, again = (list(synthetic.render(0.5, fps=10)) for _ in range(2))
-    assert len(first) == 5
-    for a, b in zip(first, again, strict=True):
-        np.testing.assert_array_equal(a.image, b.image)
-    assert np.abs(first[0].image.astype(int) - first[4].image).max() > 60
-    assert not np.array_equal(next(synthetic.render(0.1, seed=1)).image, first[0].image)
-
-
-def test_rendered_boxes_hold_their_actors():
-    """Without actors the same pixels: whatever differs lies in a box (or is a shadow below one)."""
-    for (image, boxes), (empty, none) in zip(
-        synthetic.render(2.0, fps=4), synthetic.render(2.0, fps=4, actors=()), strict=True
-    ):
-        assert none.shape == (0, 4) and boxes.shape == (4, 4)
-        assert (boxes[:, :2] < boxes[:, 2:]).all() and boxes.min() >= 0
-        changed = np.abs(image.astype(int) - empty).max(2) > 80  # more than a shadow
-        inside = np.zeros_like(changed)
-        for x1, y1, x2, y2 in boxes:
-            inside[int(y1) : int(y2) + 2, int(x1) : int(x2) + 2] = True
-            assert changed[int(y1) : int(y2) + 1, int(x1) : int(x2) + 1].mean() > 0.15
-        assert not (changed & ~inside).any()

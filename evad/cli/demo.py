@@ -7,13 +7,15 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 import evad_kernels
 
-from .. import draw, synthetic
+from .. import draw
 from ..config import EVADConfig
+from ..data.scene import Scene, random_scene
 from ..video import Video, VideoWriter
 from ._common import Built, add_model_arguments, build, read_labels, say, writable_folder
 from .detect import Result, detect
@@ -24,7 +26,7 @@ Render a short clip of moving actors, find people in it, and show which tokens a
 download and no GPU. Writes pictures, videos, CSV and JSON to the --out folder.
 """
 
-SECONDS, FPS, WIDTH, HEIGHT = 4.0, 30, 480, 320
+SECONDS, FPS, SIZE, SEED = 4, 30, 480, 110
 UNTRAINED = "trained weights do not ship yet, so boxes, labels and scores mean nothing. Tokens and costs are real."
 
 
@@ -46,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     built = build(args)
     labels = read_labels(None, built.config.num_classes)
     path = folder / "demo.mp4"
-    frames = _render(path)
+    scene = random_scene(np.random.default_rng(SEED))
+    frames = _render(scene, path)
     with Video(path) as video:
         found = detect(built, video, folder, labels)
         if found.interrupted:
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     document = {
         "weights": built.weights,
         "model": built.summary(),
-        "clip": {"frames": frames, "width": video.width, "height": video.height, "actors": len(synthetic.ACTORS)},
+        "clip": {"frames": frames, "width": video.width, "height": video.height, "actors": len(scene.actors)},
         "tokens": [{"layer": name, "kept": len(kept), "of": pruning.total} for name, kept in pruning.layers],
         "cost": _cost(built, pruning),
         "keyframes": json.loads(found.files["json"].read_text(encoding="utf-8"))["keyframes"],
@@ -72,14 +75,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _render(path: Path) -> int:
-    """Write the clip; returns the number of frames."""
-    frames = 0
-    with VideoWriter(path, WIDTH, HEIGHT, FPS) as writer:
-        for picture in synthetic.render(SECONDS, width=WIDTH, height=HEIGHT, fps=FPS):
-            writer.write(picture.image, frames / FPS)
-            frames += 1
-    return frames
+def _render(scene: Scene, path: Path) -> int:
+    """Write the clip, with time 0 of the scene in its middle; returns the number of frames."""
+    times = np.arange(SECONDS * FPS) / FPS
+    with VideoWriter(path, SIZE, SIZE, FPS) as writer:
+        for some in np.split(times, len(times) // 8):
+            for time, image in zip(some, scene.render(some - SECONDS / 2, SIZE, SIZE), strict=True):
+                writer.write(image, time)
+    return len(times)
 
 
 def _cost(built: Built, pruning: draw.Pruning) -> list[dict]:
