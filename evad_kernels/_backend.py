@@ -29,14 +29,19 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "keyframe_attention_topk": ("cpu",),
     "select_tokens": ("cpu", "cuda"),
     "gather_tokens": ("cpu", "cuda"),
-    "scatter_tokens": ("cpu", "cuda"),
+    "scatter_tokens": ("cpu", "triton", "cuda"),
     "roi_align_3d": ("cpu",),
     "roi_pool_3d": ("cpu",),
     "pyramid_roi_align": ("cpu",),
 }
 
 # Written and compiled, but "auto" leaves them alone until their tests have passed on a GPU.
-BY_NAME_ONLY = {("select_tokens", "cuda"), ("gather_tokens", "cuda"), ("scatter_tokens", "cuda")}
+BY_NAME_ONLY = {
+    ("select_tokens", "cuda"),
+    ("gather_tokens", "cuda"),
+    ("scatter_tokens", "cuda"),
+    ("scatter_tokens", "triton"),
+}
 UNTESTED = "by name only: not yet tested on a GPU"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it, at the import of a kernel

@@ -148,12 +148,14 @@ def _backward(ctx, grad_dense):
 _scatter_backward = register(
     "scatter_tokens_backward(Tensor grad_dense, Tensor position, int fill_ndim) -> (Tensor, Tensor)",
     cpu=_backward_native,
+    triton="scatter_tokens_triton.backward",
     cuda=_backward_native,
     fake=_backward_fake,
 )
 _scatter = register(
     "scatter_tokens(Tensor tokens, Tensor position, Tensor? fill, SymInt cells) -> Tensor",
     cpu=_forward_native,
+    triton="scatter_tokens_triton.forward",
     cuda=_forward_native,
     fake=_forward_fake,
     backward=_backward,

@@ -1,5 +1,10 @@
-"""CUDA kernels compile for every architecture that they are meant for, and none spills. Needs nvcc, not a GPU."""
+"""Kernels compile for every architecture that they are meant for, and none spills. Needs no GPU: nvcc for CUDA C++, for
+Triton what it carries.
+"""
 
+import importlib.util
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,7 +15,9 @@ import pytest
 
 from evad_kernels import _backend
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc"
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+TRITON = sorted(path.stem for path in (TESTS.parent / "evad_kernels").glob("[!_]*_triton.py"))
 SOURCES = sorted(CSRC.glob("*.cu"))
 ARCHITECTURES = (80, 90, 100)
 FLAGS = ("-std=c++17", "-O3", "--fmad=false")  # as CMakeLists.txt has them
@@ -64,18 +71,51 @@ def test_compiles_without_spills(source, tmp_path, capsys):
     kernels = parsed(run.stderr)
     assert {kernel["architecture"] for kernel in kernels} == set(targets), run.stderr
     assert all(kernel["registers"] for kernel in kernels), run.stderr
-    names = readable([kernel["name"] for kernel in kernels])
-    rows = sorted(
-        (name, k["architecture"], k["registers"], k["shared"], k["stack"], k["stores"] + k["loads"])
-        for name, k in zip(names, kernels, strict=True)
-    )
-    width = max(len(name) for name in names)
+    for name, kernel in zip(readable([kernel["name"] for kernel in kernels]), kernels, strict=True):
+        kernel |= {"name": name, "spills": kernel["stores"] + kernel["loads"], "matrix": ""}
     with capsys.disabled():
-        print(f"\n{'kernel':<{width}}  sm   registers  shared  stack  spilled")
-        for name, architecture, registers, shared, stack, spilled in rows:
-            print(f"{name:<{width}}  {architecture:<3}  {registers:9}  {shared:6}  {stack:5}  {spilled:7}")
-    for name, architecture, _, _, stack, spilled in rows:
-        assert stack == spilled == 0, f"{name} on sm_{architecture}: {stack} bytes of stack, {spilled} spilled"
+        print(table(kernels))
+    assert_no_spills(kernels)
+
+
+def table(kernels):
+    """A line a kernel and architecture."""
+    width = max(len(kernel["name"]) for kernel in kernels)
+    lines = [f"\n{'kernel':<{width}}  sm   registers  shared  stack  spills  matrix unit"]
+    for k in sorted(kernels, key=lambda k: (k["name"], k["architecture"])):
+        numbers = f"{k['registers']:9}  {k['shared']:6}  {k['stack']:5}  {k['spills']:6}  {k['matrix']}"
+        lines.append(f"{k['name']:<{width}}  {k['architecture']:<3}  {numbers}".rstrip())
+    return "\n".join(lines)
+
+
+def assert_no_spills(kernels):
+    for k in kernels:
+        where = f"{k['name']} on sm_{k['architecture']}"
+        assert k["stack"] == k["spills"] == 0, f"{where}: {k['stack']} bytes of stack, {k['spills']} of spills"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("module", TRITON)
+def test_triton_compiles_without_spills(module, architecture, capsys):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(TESTS / "compile_triton.py"), module, str(architecture)],
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": str(TESTS.parent)},
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert kernels
+    with capsys.disabled():
+        print(table(kernels))
+    assert_no_spills(kernels)
+    if module == "keyframe_attention_triton" and architecture == 90:
+        units = {k["matrix"] for k in kernels}
+        assert "HGMMA" in units and "HMMA" not in units, units  # wgmma, never Ampere's mma
 
 
 LAUNCHES = (

@@ -82,6 +82,7 @@ def test_imports_without_a_gpu(native):
         "import json, evad_kernels; print(json.dumps(evad_kernels.backends()['scatter_tokens']))",
         CUDA_VISIBLE_DEVICES="",
         EVAD_KERNELS_BACKEND="auto",
+        TRITON_INTERPRET="0",
     ) == {"reference": None, "cpu": None, "triton": _reason("triton"), "cuda": _reason("cuda")}
 
 
