@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import evad_kernels
 
@@ -139,6 +140,19 @@ class Encoded(NamedTuple):
     keyframes: tuple[Tensor, ...]  # [B, C, Gh, Gw] after each of config.pyramid_blocks
     kept: tuple[Tensor, ...]  # position [B, K] after each pruning block
 
+    def clip(self, number: int) -> Encoded:
+        """One clip of the batch, as a batch of one."""
+        x, position, num_keyframe = self.tokens
+        tokens = Tokens(x[number, None], position[number, None], num_keyframe)
+        return Encoded(tokens, self.grid, *(tuple(t[number, None] for t in ts) for ts in (self.keyframes, self.kept)))
+
+
+def call(block: nn.Module, *args, recompute: bool):
+    """``block(*args)``; with ``recompute`` its activations are not kept for the backward, but computed again."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
 
 class Encoder(nn.Module):
     """Clip to kept tokens and keyframe maps."""
@@ -147,6 +161,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.keep_rate = config.keep_rate
+        self.recompute = False
         num_frames = config.num_frames // config.tubelet_size
         patch = (config.tubelet_size, config.patch_size, config.patch_size)
         self.patch_embed = nn.Conv3d(3, config.width, kernel_size=patch, stride=patch)
@@ -167,10 +182,11 @@ class Encoder(nn.Module):
         for number, block in enumerate(self.blocks):
             if isinstance(block, PruningBlock):
                 select = self.num_select(tokens.x.shape[1], tokens.num_keyframe)
-                tokens = block(tokens, select, self.config.keyframe_weight, self.config.token_order)
+                args = tokens, select, self.config.keyframe_weight, self.config.token_order
+                tokens = call(block, *args, recompute=self.recompute)
                 kept.append(tokens.position)
             else:
-                tokens = tokens._replace(x=block(tokens.x))
+                tokens = tokens._replace(x=call(block, tokens.x, recompute=self.recompute))
             if number in self.config.pyramid_blocks:
                 keyframe = tokens.x[:, : tokens.num_keyframe].transpose(1, 2).unflatten(2, grid[1:])
                 # Dense: of a slice, torch.compile and the convolution disagree whether it is channels-last.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 TOKEN_ORDERS = ("position", "importance")
 BLANKS = ("mask_token", "zeros")
+INITIAL_BOXES = ("frame", "grid")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class EVADConfig:
     roi_size: int = 7  # RoI bins a side
     roi_sampling: int = 2  # samples a bin and axis
     canonical_size: float = 224.0  # pixels; a box of this side is pooled from the level of stride patch_size
+    initial_boxes: str = "frame"  # every proposal starts as the whole frame (as released); "grid": side by side
+    initial_deltas: float = 1.0  # scale of the layers that move boxes, at the start; near 0, boxes start where they are
 
     # Action classification (section 3.3, Appendix B)
     decoder_width: int = 384
@@ -104,6 +107,7 @@ class EVADConfig:
         self._require("person_threshold", 0 <= self.person_threshold <= 1, "in [0, 1]")
         self._require("token_order", self.token_order in TOKEN_ORDERS, f"one of {TOKEN_ORDERS}")
         self._require("blank", self.blank in BLANKS, f"one of {BLANKS}")
+        self._require("initial_boxes", self.initial_boxes in INITIAL_BOXES, f"one of {INITIAL_BOXES}")
         self._require("num_frames", self.num_frames % self.tubelet_size == 0, f"a multiple of {self.tubelet_size}")
         self._require("patch_size", self.patch_size % 4 == 0, "a multiple of 4 (the pyramid's first stride is 1/4)")
         for width, heads in (
@@ -174,7 +178,8 @@ class EVADConfig:
 
         A token is 4 frames of 12 x 12 pixels (256 tokens a clip), half a second, so the keyframe sees some motion. The
         pyramid's canonical size is 48 pixels, so that actors of 32 to 46 pixels and the whole frame use different
-        levels. ``fields`` replace single numbers.
+        levels. Proposals start on a grid and stages hardly move them: from the released start, training from nothing
+        stalls. ``fields`` replace single numbers.
         """
         tiny = {
             "short_side": 96,
@@ -193,6 +198,8 @@ class EVADConfig:
             "query_mlp_width": 192,
             "dynamic_width": 16,
             "canonical_size": 48.0,
+            "initial_boxes": "grid",
+            "initial_deltas": 0.01,
             "decoder_width": 64,
             "decoder_depth": 2,
             "decoder_heads": 2,

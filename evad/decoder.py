@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import evad_kernels
 
-from .backbone import Block, Encoded
+from .backbone import Block, Encoded, call
 from .config import EVADConfig
 from .tokens import PositionTable, Tokens
 
@@ -22,6 +22,7 @@ class Decoder(nn.Module):
     def __init__(self, config: EVADConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         width, num_frames = config.decoder_width, config.num_frames // config.tubelet_size
         self.project = nn.Linear(config.width, width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -58,9 +59,9 @@ class Decoder(nn.Module):
         x = torch.cat([tokens.x, actors], dim=1)
         logits = []
         for number, (block, classifier) in enumerate(zip(self.blocks, self.classifiers, strict=True), start=1):
-            x = block(x)
+            x = call(block, x, recompute=self.recompute)
             if every_block or number == len(self.blocks):
-                logits.append(classifier(x[:, -boxes.shape[1] :]))
+                logits.append(classifier(x[:, tokens.x.shape[1] :]))
         return tuple(logits)
 
     def place(self, encoded: Encoded) -> tuple[Tokens, Tensor | None]:
@@ -86,7 +87,7 @@ class Decoder(nn.Module):
             sampling_ratio=self.config.roi_sampling,
             background=background,
         )
-        return features.view(boxes.shape[0], boxes.shape[1], -1)
+        return features.unflatten(0, boxes.shape[:2])
 
 
 def extend_boxes(boxes: Tensor, extension: tuple[float, float], whwh: Tensor) -> Tensor:

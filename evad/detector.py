@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from .backbone import Encoder
 from .config import EVADConfig
 from .decoder import Decoder, clip_boxes
 from .localization import Localization, Localized
+from .losses import Counts, detection_losses
 from .pyramid import Pyramid
 
 
@@ -56,21 +58,53 @@ class EVAD(nn.Module):
         self.pyramid = Pyramid(config)
         self.localization = Localization(config)
         self.decoder = Decoder(config)
-        _initialize(self.localization.stages, self.decoder)
+        _initialize(self.localization.stages, self.decoder, config.initial_deltas)
 
-    def forward(self, clips: Tensor | Sequence[Tensor]) -> EVADOutput:
+    def forward(self, clips: Tensor | Sequence[Tensor], boxes: Tensor | Sequence[Tensor] | None = None) -> EVADOutput:
         """Predict boxes, person scores and action scores.
 
         Args:
             clips: Normalised clips, [B, 3, T, H, W] or a list of [3, T, H, W], floating point. T is
                 ``config.num_frames``; sizes may differ within a list and are padded with zeros, right and bottom.
+            boxes: None to localise actors; or another detector's boxes (paper, section 4.2), x1, y1, x2, y2 in each
+                clip's pixels: [B, n, 4] or B tensors [n_b, 4].
         Returns:
-            ``EVADOutput``; a clip's boxes are in its own pixels.
+            ``EVADOutput``; a clip's boxes are in its own pixels. Given boxes come back with person logits (0, -inf):
+            score 1. Where clips have fewer boxes than others, rows of zeros with logits (-inf, 0), score 0, follow.
         Raises:
-            ValueError, TypeError: clips of another layout, number of frames or dtype.
+            ValueError, TypeError: clips of another layout, number of frames or dtype; boxes of another layout.
         """
+        if boxes is not None:
+            return self._classify(clips, boxes)
         localized, action_logits, kept, _ = self.predict(clips, every_stage=False)
         return EVADOutput(localized.person_logits[-1], localized.boxes[-1], action_logits[-1], kept)
+
+    def loss(
+        self,
+        clips: Tensor | Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]],
+        counts: Counts | None = None,
+    ) -> dict[str, Tensor]:
+        """What training minimises: ``losses.detection_losses`` of the clips.
+
+        Args:
+            clips: As for ``forward``.
+            targets: One dict a clip, on any device: ``boxes`` [M, 4] x1, y1, x2, y2 in its pixels; ``labels``
+                [M, classes], multi-hot.
+            counts: What sums are divided by; None for this batch's own.
+        Returns:
+            Every weighted term under its released name, and ``loss_total``, their mean.
+        Raises:
+            ValueError: targets that do not fit the clips, each other or the model.
+        """
+        if len(targets) != len(clips):
+            raise ValueError(f"EVAD: targets must be one a clip, got {len(targets)} for {len(clips)} clips")
+        for target in targets:
+            _check_boxes(target["boxes"], "boxes of a target")
+            expected = [len(target["boxes"]), self.config.num_classes]
+            if list(target["labels"].shape) != expected:
+                raise ValueError(f"EVAD: labels of a target must be {expected}, got {list(target['labels'].shape)}")
+        return detection_losses(self.predict(clips, every_stage=True), targets, self.config, counts)
 
     def predict(self, clips: Tensor | Sequence[Tensor], *, every_stage: bool) -> Predictions:
         """``forward`` with intermediate outputs: all of them if ``every_stage``, else only what inference needs."""
@@ -80,20 +114,60 @@ class EVAD(nn.Module):
         action_logits = self.decoder(encoded, localized.boxes[-1], whwh, every_block=every_stage)
         return Predictions(localized, action_logits, encoded.kept, whwh)
 
+    def _classify(self, clips: Tensor | Sequence[Tensor], boxes: Tensor | Sequence[Tensor]) -> EVADOutput:
+        """``forward`` with given boxes."""
+        if len(boxes) != len(clips):
+            raise ValueError(f"EVAD: boxes must be given for each clip, got {len(boxes)} for {len(clips)} clips")
+        for given in boxes:
+            _check_boxes(given, "boxes of a clip")
+        clips, whwh = self.batch(clips)
+        encoded = self.encoder(clips)
+        boxes = [given.to(whwh) for given in boxes]
+        most = max(map(len, boxes))
+        if all(len(given) == most for given in boxes):
+            (action_logits,) = self.decoder(encoded, torch.stack(boxes), whwh, every_block=False)
+        else:  # clip by clip: actors attend to each other, so to rows of padding, too
+            action_logits = [
+                F.pad(
+                    self.decoder(encoded.clip(number), given[None], whwh[number, None], every_block=False)[0][0],
+                    (0, 0, 0, most - len(given)),
+                    value=-math.inf,
+                )
+                for number, given in enumerate(boxes)
+            ]
+            action_logits = torch.stack(action_logits)
+        padded = torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True)
+        count = torch.tensor([len(given) for given in boxes], device=whwh.device)
+        here = torch.arange(most, device=whwh.device) < count[:, None]  # [B, n]
+        person = torch.stack([here, ~here], dim=-1)
+        person_logits = torch.zeros_like(person, dtype=action_logits.dtype).masked_fill(~person, -math.inf)
+        return EVADOutput(person_logits, padded, action_logits, encoded.kept)
+
+    def set_recomputation(self, on: bool) -> None:
+        """In training, keep no activations inside the encoder's and decoder's blocks but compute them again in the
+        backward: less memory, about a third more time, the same numbers."""
+        self.encoder.recompute = self.decoder.recompute = on
+
     @torch.no_grad()
-    def detect(self, clips: Tensor | Sequence[Tensor], threshold: float | None = None) -> list[Detections]:
+    def detect(
+        self,
+        clips: Tensor | Sequence[Tensor],
+        threshold: float | None = None,
+        boxes: Tensor | Sequence[Tensor] | None = None,
+    ) -> list[Detections]:
         """Detect actors: ``forward`` in evaluation mode, then ``select_detections``.
 
         Args:
             clips: As for ``forward``.
             threshold: Least person score, in [0, 1]; None for ``config.person_threshold``.
+            boxes: As for ``forward``; all of them are kept.
         Returns:
             One ``Detections`` a clip, in its own pixels.
         """
         training = self.training
         self.eval()
         try:
-            output = self(clips)
+            output = self(clips, boxes)
         finally:
             self.train(training)
         sizes = [tuple(clip.shape[-2:]) for clip in clips]
@@ -145,7 +219,7 @@ def select_detections(output: EVADOutput, sizes: Sequence[tuple[int, int]], thre
     Args:
         output: Predictions for B clips.
         sizes: Height and width of each clip, pixels, without padding.
-        threshold: Least person score, in [0, 1]. Where no box of a clip reaches it, all are kept.
+        threshold: Least person score, in [0, 1]. Where no box of a clip reaches it, all with a score above 0 are kept.
     Returns:
         One ``Detections`` a clip, rows in the order of the proposals.
     """
@@ -154,17 +228,23 @@ def select_detections(output: EVADOutput, sizes: Sequence[tuple[int, int]], thre
     detections = []
     for (height, width), boxes, person, actions in zip(sizes, output.boxes, person_scores, action_scores, strict=True):
         keep = person >= threshold
-        keep = keep | ~keep.any()
+        keep = keep | (~keep.any() & (person > 0))
         boxes = clip_boxes(boxes, boxes.new_tensor([width, height, width, height]))
         detections.append(Detections(boxes[keep], person[keep], actions[keep]))
     return detections
+
+
+def _check_boxes(boxes: Tensor, name: str) -> None:
+    if not isinstance(boxes, Tensor) or boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"EVAD: {name} must be [n, 4], got {list(getattr(boxes, 'shape', [type(boxes).__name__]))}")
 
 
 def _round_up(value: int, divisor: int) -> int:
     return -(-value // divisor) * divisor
 
 
-def _initialize(stages: nn.Module, decoder: Decoder) -> None:
+@torch.no_grad()
+def _initialize(stages: nn.Module, decoder: Decoder, delta_scale: float) -> None:
     """Xavier for every matrix of the new layers (Appendix B), the mask token too; no bias in the decoder's linears."""
     for module in (stages, decoder):
         for parameter in module.parameters():
@@ -175,3 +255,6 @@ def _initialize(stages: nn.Module, decoder: Decoder) -> None:
     for linear in linears:
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
+    for stage in stages:
+        stage.box.weight.mul_(delta_scale)
+        stage.box.bias.mul_(delta_scale)

@@ -109,7 +109,7 @@ class Localization(nn.Module):
     def __init__(self, config: EVADConfig) -> None:
         super().__init__()
         self.config = config
-        self.proposal_boxes = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(config.num_proposals, 1))
+        self.proposal_boxes = nn.Parameter(initial_boxes(config.num_proposals, config.initial_boxes))
         self.proposal_features = nn.Parameter(torch.randn(config.num_proposals, config.query_width))
         self.stages = nn.ModuleList(Stage(config) for _ in range(config.num_stages))
 
@@ -145,6 +145,17 @@ class Localization(nn.Module):
             canonical_size=self.config.canonical_size,
             canonical_level=round(math.log2(self.config.strides[0])) + 2,
         )
+
+
+def initial_boxes(number: int, arrangement: str) -> Tensor:
+    """Proposals [number, 4] before training: centre and size in parts of the frame's width and height."""
+    if arrangement == "frame":
+        return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(number, 1)
+    rows = math.isqrt(number)
+    columns = -(-number // rows)
+    cell = torch.arange(number)
+    x, y = (cell % columns + 0.5) / columns, (cell // columns + 0.5) / rows
+    return torch.stack([x, y, *(torch.full_like(x, 1.5 / side) for side in (columns, rows))], dim=1)  # overlapping
 
 
 MAX_LOG_SCALE = math.log(100000 / 16)  # a stage enlarges a box by no more than this

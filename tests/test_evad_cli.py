@@ -78,7 +78,7 @@ def test_detect_writes_video_csv_and_json(tmp_path, capfd):
     assert document["labels"] == list(ava.ACTIONS)
     assert [keyframe["time"] for keyframe in document["keyframes"]] == [0.0, 1.5, 3.0]
     for keyframe in document["keyframes"]:
-        assert len(keyframe["people"]) == 3
+        assert 1 <= len(keyframe["people"]) <= PRESET.num_proposals
         assert keyframe["tokens_kept"] == sorted(keyframe["tokens_kept"], reverse=True)
         for person in keyframe["people"]:
             assert all(0 <= value <= 1 for value in person["box"]) and 0 <= person["score"] <= 1

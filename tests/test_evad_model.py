@@ -468,7 +468,7 @@ def test_initialisation():
     with torch.device("meta"):
         model = EVAD(EVADConfig.vit_b(depth=4, pruning_blocks=(1,), pyramid_blocks=(0, 1, 2, 3), num_stages=1))
     assert model.decoder.mask_token.is_meta
-    model = EVAD(EVADConfig.tiny())
+    model = EVAD(EVADConfig.tiny(initial_boxes="frame", initial_deltas=1.0))
     bound = math.sqrt(6 / (64 + 64))  # as a [1, 1, 64] tensor: fan in and out are 64
     assert 0.8 * bound < model.decoder.mask_token.abs().max() <= bound
     assert torch.equal(model.localization.proposal_boxes, torch.tensor([[0.5, 0.5, 1.0, 1.0]]).expand(12, 4))
@@ -476,6 +476,19 @@ def test_initialisation():
         if name.startswith("decoder") and name.endswith("bias") and "norm" not in name:
             assert (parameter == 0).all(), name
     assert (model.localization.stages[0].box.bias != 0).any()
+
+
+def test_initialisation_on_a_grid():
+    """Twelve proposals in 3 rows of 4, which the first stage hardly moves."""
+    torch.manual_seed(0)
+    model = EVAD(EVADConfig.tiny())
+    boxes = model.localization.proposal_boxes
+    assert_close(boxes[[0, 3, 11], :2], torch.tensor([[0.125, 1 / 6], [0.875, 1 / 6], [0.875, 5 / 6]]))
+    assert_close(boxes[:, 2:], torch.tensor([[0.375, 0.5]]).expand(12, 2))
+    with torch.no_grad():
+        first = model.predict(torch.randn(1, 3, 16, 96, 96), every_stage=True).localized.boxes[0][0] / 96
+    center, size = (first[:, 2:] + first[:, :2]) / 2, first[:, 2:] - first[:, :2]
+    assert_close(torch.cat([center, size], dim=1), boxes.detach(), atol=0.02, rtol=0)
 
 
 def test_position_table():
