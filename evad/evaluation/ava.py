@@ -1,0 +1,93 @@
+"""Frame mAP as AVA is scored.
+
+``match_order="file"`` is the evaluator released with EVAD: detections take ground truth in the order of the file, and
+all of them count. ``match_order="score"`` is ActivityNet's own get_ava_performance.py: best score first, and only the
+50 best labelled boxes of an image count. Detections of one image in descending order of score give the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .average_precision import STRICT, Boxes, average_precision
+
+# The classes that AVA evaluates, with at least 25 examples in each split (ids from 1).
+EVALUATED = tuple(
+    number
+    for number in range(1, 81)
+    if number not in {2, 16, 18, 19, 21, 23, 25, 31, 32, 33, 35, 39, 40, 42, 44, 50, 53, 55, 71, 75}
+)
+CAPACITY = 50  # labelled boxes of an image that ActivityNet's script keeps
+
+
+class AvaScores(NamedTuple):
+    """Fractions, in [0, 1]."""
+
+    labels: tuple[int, ...]
+    ap: np.ndarray  # [labels] at IoU 0.5: 0 without detections, NaN without ground truth
+    strict: np.ndarray  # [10] mAP at IoU 0.5, 0.55, ... 0.95
+    truths: np.ndarray  # [labels] number of ground truths
+    detections: np.ndarray  # [labels] number of detections
+
+    @property
+    def mean(self) -> float:
+        """mAP at IoU 0.5, over classes that have ground truth; NaN where none has."""
+        return mean(self.ap)
+
+
+def mean(ap: np.ndarray) -> float:
+    """Mean over classes with ground truth, NaN where there is none."""
+    known = ap[~np.isnan(ap)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def evaluate_ava(
+    detections: Boxes,
+    truth: Boxes,
+    labels: Sequence[int] = EVALUATED,
+    *,
+    excluded: Collection[int] = (),
+    match_order: str = "file",
+    capacity: int | None = None,
+) -> AvaScores:
+    """Score detections.
+
+    Args:
+        detections, truth: With one numbering of images. Other classes and excluded images are left out, and detections
+            of no width or height.
+        labels: The classes that count.
+        excluded: Images that do not count.
+        match_order: "file" or "score", see above.
+        capacity: Labelled boxes of an image that count, best first; 0 for all; None for 50 with "score", else all.
+    """
+    if capacity is None:
+        capacity = CAPACITY if match_order == "score" else 0
+    detections, truth = (
+        boxes.take(np.isin(boxes.label, labels) & ~np.isin(boxes.image, list(excluded)))
+        for boxes in (detections, truth)
+    )
+    if capacity:
+        detections = detections.take(_best(detections, capacity))
+    detections = detections.take((detections.box[:, :2] < detections.box[:, 2:]).all(1))
+    ap = average_precision(detections, truth, labels, STRICT, order=match_order)
+    counts = [np.array([(boxes.label == label).sum() for label in labels]) for boxes in (truth, detections)]
+    return AvaScores(tuple(labels), ap[0], np.array([mean(row) for row in ap]), *counts)
+
+
+def _best(boxes: Boxes, capacity: int) -> np.ndarray:
+    """Mask of the best ``capacity`` boxes of every image; of equals the first."""
+    order = np.lexsort((-boxes.score, boxes.image))
+    image = boxes.image[order]
+    rank = np.arange(len(image)) - np.searchsorted(image, image)
+    keep = np.zeros(len(image), bool)
+    keep[order[rank < capacity]] = True
+    return keep
+
+
+def numbered(keys: Sequence, numbering: Mapping | None = None) -> tuple[np.ndarray, dict]:
+    """A number for every different key, continuing ``numbering``; returns the keys' numbers [N] and all numbers."""
+    numbering = dict(numbering or {})
+    return np.array([numbering.setdefault(key, len(numbering)) for key in keys], np.int64), numbering

@@ -1,0 +1,225 @@
+"""Runs a detector over a dataset and scores it: boxes, actions, and which tokens it kept."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..data.sample import Batch, collate
+from ..detector import EVAD, EVADOutput, select_detections
+from .ava import AvaScores, evaluate_ava, mean
+from .average_precision import Boxes, area_under_curve, average_precision, iou
+
+MATCHED = 0.5  # IoU from which a proposal speaks for a ground-truth box
+
+
+class Found(NamedTuple):
+    """What the model made of one clip, and what is there. Boxes in parts of the picture."""
+
+    index: int  # in the dataset
+    key: tuple[str, float]
+    boxes: np.ndarray  # [m, 4] detections, as inference gives them
+    persons: np.ndarray  # [m] their person scores
+    actions: np.ndarray  # [m, classes] their action scores
+    proposals: np.ndarray  # [n, 4] all proposals
+    proposal_persons: np.ndarray  # [n]
+    truth: np.ndarray  # [M, 4]
+    labels: np.ndarray  # [M, classes]
+    truth_actions: np.ndarray  # [M, classes] scores of the proposal that overlaps each most; NaN below MATCHED
+    inside: tuple[float, float, float]  # part inside ground truth: of kept tokens, the same but the keyframe's, of all
+
+
+class Metrics(NamedTuple):
+    """Fractions, in [0, 1]; NaN where there is nothing to measure."""
+
+    frame: AvaScores
+    person_ap: float  # all proposals by person score, at IoU 0.5
+    action_ap: np.ndarray  # [classes] over ground-truth boxes with a proposal of IoU 0.5 or more, by its action scores
+    kept_inside: float  # kept tokens in a ground-truth box (paper, Fig. 7), after the last pruning
+    selected_inside: float  # the same without the keyframe's, which are always kept
+    truth_area: float  # all tokens in a ground-truth box
+    clips: int
+
+    def summary(self) -> dict[str, float]:
+        """The numbers to log."""
+        return {
+            "mAP@0.5": self.frame.mean,
+            "mAP@0.5:0.95": float(self.frame.strict.mean()),
+            "person_AP@0.5": self.person_ap,
+            "matched_action_mAP": mean(self.action_ap),
+            "kept_inside_truth": self.kept_inside,
+            "selected_inside_truth": self.selected_inside,
+            "truth_area": self.truth_area,
+            "clips": self.clips,
+        }
+
+
+def evaluate(
+    model: EVAD,
+    dataset: Dataset,
+    *,
+    batch_size: int = 8,
+    workers: int = 0,
+    threshold: float | None = None,
+    match_order: str = "file",
+    autocast: torch.dtype | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Metrics:
+    """Score a detector on a dataset of ``evad.data``; every rank of torch.distributed does its share.
+
+    Args:
+        model: Evaluated in evaluation mode; its own mode is restored.
+        dataset: Not augmented.
+        batch_size: Clips at a time.
+        workers: Processes that make clips; 0 makes them here.
+        threshold: Least person score of a detection; None for the model's.
+        match_order: "file" (proposals in their order, as released) or "score"; see ``evad.evaluation.ava``.
+        autocast: Type to compute in; None for that of the weights.
+        progress: Told how many clips of this rank are done, of how many.
+    Returns:
+        The same on every rank; with another number of ranks the same up to rounding.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    results = []
+    share = range(rank, len(dataset), world)
+    for found in run(model, dataset, share, batch_size, workers=workers, threshold=threshold, autocast=autocast):
+        results.append(found)
+        progress(len(results), len(share))
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, results)
+        results = sorted(itertools.chain(*gathered), key=lambda found: found.index)
+    return score(results, match_order=match_order)
+
+
+def run(
+    model: EVAD,
+    dataset: Dataset,
+    indices: Sequence[int],
+    batch_size: int = 8,
+    *,
+    workers: int = 0,
+    threshold: float | None = None,
+    autocast: torch.dtype | None = None,
+) -> Iterator[Found]:
+    """What the model finds in clips ``indices`` of a dataset, in their order; options as for ``evaluate``."""
+    loader = DataLoader(Subset(dataset, indices), batch_size, num_workers=workers, collate_fn=collate)
+    threshold = model.config.person_threshold if threshold is None else threshold
+    weight, training, rows = next(model.parameters()), model.training, iter(indices)
+    computing = contextlib.nullcontext() if autocast is None else torch.autocast(weight.device.type, autocast)
+    model.eval()
+    try:
+        for batch in loader:
+            clips = [clip.to(weight.device, weight.dtype, non_blocking=True) for clip in batch.clips]
+            with torch.inference_mode(), computing:
+                output = model(torch.stack(clips) if isinstance(batch.clips, Tensor) else clips)
+            for found in _found(model, batch, output, threshold):
+                yield found._replace(index=next(rows))
+    finally:
+        model.train(training)
+
+
+def _found(model: EVAD, batch: Batch, output: EVADOutput, threshold: float) -> Iterator[Found]:
+    """What was found in each clip of a batch; ``index`` is its place in the batch."""
+    output = EVADOutput(*(part.float().cpu() for part in output[:3]), tuple(kept.cpu() for kept in output.kept[-1:]))
+    sizes = [tuple(clip.shape[-2:]) for clip in batch.clips]
+    persons = output.person_logits.softmax(-1)[..., 0].numpy()
+    actions = output.action_logits.sigmoid().numpy()
+    divisor, patch = model.config.size_divisor, model.config.patch_size
+    grid = [-(-max(side) // divisor) * divisor // patch for side in zip(*sizes, strict=True)]
+    for index, (size, target) in enumerate(zip(sizes, batch.targets, strict=True)):
+        whwh = np.array((size[1], size[0]) * 2, np.float64)
+        one = EVADOutput(*(part[index : index + 1] for part in output[:3]), ())
+        boxes, scores, action_scores = (part.numpy() for part in select_detections(one, [size], threshold)[0])
+        proposals = output.boxes[index].numpy() / whwh
+        truth = target["boxes"].numpy() / whwh
+        kept = output.kept[-1][index].numpy() if output.kept else np.zeros(0, np.int64)
+        yield Found(
+            index,
+            batch.keys[index],
+            boxes / whwh,
+            scores,
+            action_scores,
+            proposals,
+            persons[index],
+            truth,
+            target["labels"].numpy(),
+            _speaking(proposals, actions[index], truth),
+            _inside(truth * whwh, kept, grid, size, patch, model.config.keyframe),
+        )
+
+
+def _speaking(proposals: np.ndarray, actions: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Action scores of the proposal that overlaps each ground truth most, NaN where none does enough."""
+    pairs = np.repeat(truth, len(proposals), 0), np.tile(proposals, (len(truth), 1))
+    overlap = iou(*pairs).reshape(len(truth), len(proposals))
+    return np.where(overlap.max(1, initial=0)[:, None] >= MATCHED, actions[overlap.argmax(1)], np.nan)
+
+
+def _inside(truth, kept, grid, size, patch, keyframe) -> tuple[float, float, float]:
+    """Part of the kept tokens, of those outside the keyframe, and of all, whose centre lies in a box of ``truth``."""
+    Gh, Gw = grid
+    y, x = (np.arange(cells) * patch + patch / 2 for cells in grid)
+    inside = np.zeros((Gh, Gw), bool)
+    for x1, y1, x2, y2 in truth:
+        inside |= ((y1 <= y) & (y <= y2))[:, None] & (x1 <= x) & (x <= x2)
+    real = (y < size[0])[:, None] & (x < size[1])  # the others are padding
+    held = inside.ravel()[kept % (Gh * Gw)]
+    parts = held, held[kept // (Gh * Gw) != keyframe], inside[real]
+    return tuple(float(part.mean()) if len(part) else float("nan") for part in parts)
+
+
+def score(results: Sequence[Found], *, match_order: str = "file") -> Metrics:
+    """Metrics of what was found in all clips."""
+    if not results:
+        raise ValueError("evaluate: dataset must have at least one clip, got none")
+    labels = range(1, results[0].labels.shape[1] + 1)
+    image = np.arange(len(results))
+    truth = _boxes(image, [found.truth for found in results], [found.labels > 0 for found in results])
+    everyone = [np.ones((len(found.proposals), 1)) for found in results]
+    people = _boxes(image, [found.proposals for found in results], everyone)
+    people = people._replace(score=np.concatenate([found.proposal_persons for found in results]).astype(np.float64))
+    present = _boxes(image, [found.truth for found in results], [np.ones((len(found.truth), 1)) for found in results])
+    inside = np.array([found.inside for found in results])
+    with np.errstate(invalid="ignore"):
+        means = [
+            float(column[~np.isnan(column)].mean()) if (~np.isnan(column)).any() else np.nan for column in inside.T
+        ]
+    return Metrics(
+        evaluate_ava(detections(results), truth, labels, match_order=match_order),
+        float(average_precision(people, present, [1])[0, 0]),
+        _action_ap(results),
+        *means,
+        len(results),
+    )
+
+
+def detections(results: Sequence[Found]) -> Boxes:
+    """Every detection with every action, as the rows of AVA's CSV; images are numbered by their place."""
+    found = _boxes(np.arange(len(results)), [f.boxes for f in results], [np.ones_like(f.actions) for f in results])
+    return found._replace(score=np.concatenate([f.actions.ravel() for f in results]).astype(np.float64))
+
+
+def _boxes(image: np.ndarray, boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Boxes:
+    """A row for every box and label that is set, box by box; scores are 1."""
+    number = np.repeat(image, [len(some) for some in boxes])
+    row, label = np.nonzero(np.concatenate(labels))
+    box = np.concatenate(boxes).astype(np.float64)[row]
+    return Boxes(number[row], label + 1, box, np.ones(len(row)))
+
+
+def _action_ap(results: Sequence[Found]) -> np.ndarray:
+    scores, labels = (np.concatenate([getattr(f, name) for f in results]) for name in ("truth_actions", "labels"))
+    known = ~np.isnan(scores).any(1)
+    scores, labels = scores[known], labels[known] > 0
+    order = (-scores).argsort(0, kind="stable")
+    hits = np.take_along_axis(labels, order, 0)
+    return np.array([area_under_curve(column, column.sum()) if column.any() else np.nan for column in hits.T])
