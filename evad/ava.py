@@ -1,13 +1,16 @@
-"""AVA v2.2: its 80 action classes, and detections in its CSV format."""
+"""AVA v2.1 and v2.2: the 80 action classes, label maps, and annotations and detections in its CSV format."""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
+
+from .problems import DataError, Problems
 
 ACTIONS = (
     "bend/bow (at the waist)",
@@ -97,26 +100,51 @@ def read_labels(path: str | Path) -> tuple[str, ...]:
     """Names of a model's action classes, in the order of their ids.
 
     Args:
-        path: A text file with one name a line; a JSON list of names; or a label map (.pbtxt: ``name: "..."`` with
-            ``id: N`` or ``label_id: N``, from 1). A label map with gaps gives "class N" for the ids it leaves out.
+        path: As for ``read_label_map``. A map with gaps gives "class N" for the ids it leaves out.
+    Raises:
+        ValueError: the file is none of these, is empty, or repeats an id.
+    """
+    names = read_label_map(path)
+    return tuple(names.get(number, f"class {number}") for number in range(1, max(names) + 1))
+
+
+def read_label_map(path: str | Path) -> dict[int, str]:
+    """Action id (from 1) to name.
+
+    Args:
+        path: A text file with one name a line; a JSON list of names; a label map (.pbtxt: ``name: "..."`` with
+            ``id: N`` or ``label_id: N``); or a table (.csv: id, name, with or without a line of titles).
     Raises:
         ValueError: the file is none of these, is empty, or repeats an id.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: labels must be UTF-8 text, got {error.reason} at byte {error.start}") from error
     if text.lstrip().startswith("["):
-        return _nonempty(path, _json_labels(path, text))
-    pairs = re.findall(r'name:\s*"([^"]*)"\s*(?:label_)?id:\s*(\d+)', text)
+        pairs = list(enumerate(_json_labels(path, text), 1))
+    elif pairs := [(int(number), name) for name, number in _ITEM.findall(text)]:
+        pass
+    elif re.search(r"^\s*(item|label)\s*\{", text, re.MULTILINE):
+        raise ValueError(f'{path}: a label map must pair name: "..." with id: N, found no pair')
+    elif Path(path).suffix.lower() == ".csv":
+        rows = [row for row in csv.reader(text.splitlines()) if row]
+        if rows and not rows[0][0].strip().isdigit():
+            del rows[0]
+        if not all(len(row) >= 2 and row[0].strip().isdigit() for row in rows):
+            raise ValueError(f"{path}: a table of labels must have an id and a name in every line")
+        pairs = [(int(row[0]), row[1].strip()) for row in rows]
+    else:
+        pairs = list(enumerate((line.strip() for line in text.splitlines() if line.strip()), 1))
     if not pairs:
-        if re.search(r"^\s*(item|label)\s*\{", text, re.MULTILINE):
-            raise ValueError(f'{path}: a label map must pair name: "..." with id: N, found no pair')
-        return _nonempty(path, [line.strip() for line in text.splitlines() if line.strip()])
-    names = {int(number): name for name, number in pairs}
+        raise ValueError(f"{path}: no labels in it")
+    names = dict(pairs)
     if len(names) != len(pairs) or min(names) < 1 or max(names) > 100_000:
         raise ValueError(f"{path}: label ids must be different and start at 1")
-    return tuple(names.get(number, f"class {number}") for number in range(1, max(names) + 1))
+    return names
+
+
+_ITEM = re.compile(r'name:\s*"([^"]*)"\s*(?:label_)?id:\s*(\d+)')
 
 
 def _json_labels(path, text) -> list[str]:
@@ -129,16 +157,90 @@ def _json_labels(path, text) -> list[str]:
     return names
 
 
-def _nonempty(path, names: Sequence[str]) -> tuple[str, ...]:
-    if not names:
-        raise ValueError(f"{path}: no labels in it")
-    return tuple(names)
-
-
 def format_time(seconds: float) -> str:
     """A keyframe's timestamp as AVA writes it: "0902"; part seconds keep up to three decimals, "0902.5"."""
     whole, thousandths = divmod(round(seconds * 1000), 1000)
     return f"{whole:04d}" + f".{thousandths:03d}".rstrip("0") * bool(thousandths)
+
+
+class Row(NamedTuple):
+    """A line of annotations or detections."""
+
+    line: int  # from 1
+    video: str
+    second: float
+    place: tuple[str, ...]  # x1, y1, x2, y2 as written, parts of the picture's width and height; empty: nobody is there
+    action: int  # from 1
+    score: float  # of a detection; the person's id in annotations; 1 where the line has none
+
+    @property
+    def box(self) -> tuple[float, ...]:
+        return tuple(map(float, self.place))
+
+
+def read_rows(path: str | Path, problems: Problems | None = None) -> Iterator[Row]:
+    """Lines of a CSV in AVA's format: video_id, timestamp, x1, y1, x2, y2, action_id[, score or person_id].
+
+    A line of titles is passed over; a line without a box, as AVA has for seconds where nobody is, comes without place.
+
+    Raises:
+        DataError: the file cannot be read, or (policy "fail") a line is not of this format; file and line are named.
+    """
+    problems = Problems() if problems is None else problems
+    for line, fields in _lines(path):
+        if line == 1 and len(fields) > 1 and not _is_number(fields[1]):
+            continue
+        if len(fields) == 2 or (len(fields) > 2 and not any(field.strip() for field in fields[2:])):
+            fields, place = fields[:2], ()
+        else:
+            place = tuple(field.strip() for field in fields[2:6])
+        if len(fields) not in (2, 7, 8):
+            problems(f"{path}, line {line}: must have 7 or 8 fields, got {len(fields)}")
+            continue
+        try:
+            second = float(fields[1])
+            action = int(fields[6]) if place else 0
+            score = float(fields[7]) if len(fields) == 8 and fields[7].strip() else 1.0
+            if not all(math.isfinite(value) for value in (second, score, *map(float, place))):
+                raise ValueError("a number is not finite")
+        except ValueError as error:
+            problems(f"{path}, line {line}: {error}", error)
+            continue
+        yield Row(line, fields[0], second, place, action, score)
+
+
+def read_seconds(path: str | Path) -> set[tuple[str, float]]:
+    """(video id, second) of every line of a list of excluded timestamps: video_id, timestamp.
+
+    Raises:
+        DataError: as ``read_rows``.
+    """
+    seconds = set()
+    for line, fields in _lines(path):
+        if len(fields) < 2 or not _is_number(fields[1]):
+            raise DataError(f"{path}, line {line}: must be a video id and a timestamp, got {','.join(fields)!r}")
+        seconds.add((fields[0], float(fields[1])))
+    return seconds
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, list[str]]]:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            for fields in reader:
+                if fields:
+                    yield reader.line_num, fields
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: is not a CSV file in UTF-8 ({error})") from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 class CsvWriter:

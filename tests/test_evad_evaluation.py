@@ -1,6 +1,5 @@
 """evad.evaluation: average precision by hand, AVA's protocols, a model scored on a dataset."""
 
-import csv
 import json
 import time
 from pathlib import Path
@@ -10,9 +9,10 @@ import pytest
 import torch
 
 from evad import EVAD, EVADConfig, data
+from evad.ava import read_seconds
 from evad.detector import EVADOutput
-from evad.evaluation import STRICT, Boxes, average_precision, evaluate, evaluate_ava
-from evad.evaluation.ava import EVALUATED, numbered
+from evad.evaluation import STRICT, Boxes, average_precision, evaluate, evaluate_ava, read_boxes
+from evad.evaluation.ava import EVALUATED
 from evad.evaluation.average_precision import iou
 from evad.evaluation.model import Found, score
 
@@ -127,16 +127,9 @@ def test_a_million_detections_in_a_minute():
 
 @pytest.fixture(scope="module")
 def golden():
-    def load(name, numbering):
-        rows = list(csv.reader((AVA / name).open()))
-        image, numbering = numbered([(row[0], int(row[1])) for row in rows], numbering)
-        table = np.array([[float(value) for value in row[2:]] for row in rows])
-        return Boxes(image, table[:, 4].astype(int), table[:, :4], table[:, 5]), numbering
-
-    truth, numbering = load("gt.csv", {})
-    detections, numbering = load("detections.csv", numbering)
-    excluded = [(row[0], int(row[1])) for row in csv.reader((AVA / "excluded_timestamps.csv").open())]
-    return detections, truth, [numbering[key] for key in excluded if key in numbering]
+    images = {}
+    truth, detections = (read_boxes(AVA / name, images) for name in ("gt.csv", "detections.csv"))
+    return detections, truth, [images[key] for key in read_seconds(AVA / "excluded_timestamps.csv") if key in images]
 
 
 def test_sixty_classes():

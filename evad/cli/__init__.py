@@ -15,6 +15,7 @@ EVAD: finds people in video and tells what they do, with a transformer that drop
 
   evad demo                     the whole thing on a clip it renders itself; nothing to download
   evad detect party.mp4         boxes, labels and scores: annotated video, CSV in AVA's format, JSON
+  evad evaluate                 mAP of detections in files, or of a model on a dataset
   evad visualize party.mp4      which tokens each pruning layer keeps, as a picture
   evad profile                  operations, parameters, tokens, time and memory of a model
 """
@@ -31,11 +32,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import demo, detect, profile, visualize
+    from . import demo, detect, evaluate, profile, visualize
 
     parser = _Parser(prog=PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for command in (demo, detect, visualize, profile):
+    for command in (demo, detect, evaluate, visualize, profile):
         command.add_parser(commands)
     return parser
 
@@ -79,9 +80,10 @@ def _explain(error: Exception) -> str | None:
     """What to tell the user, or None for an error that is ours."""
     import torch
 
+    from ..problems import DataError
     from ..video import VideoError
 
-    if isinstance(error, (CommandError, VideoError)):
+    if isinstance(error, (CommandError, DataError, VideoError)):
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)

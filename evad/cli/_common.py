@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -157,7 +158,7 @@ def configuration(args: argparse.Namespace) -> tuple[EVADConfig, str]:
 def placement(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     name = args.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -201,6 +202,21 @@ def read_labels(path: Path | None, num_classes: int) -> tuple[str, ...]:
     if len(labels) != num_classes:
         raise CommandError(f"--labels: {path} has {len(labels)} labels, the model {num_classes} classes")
     return labels
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[int]:
+    """Join the processes that torchrun started; yields this one's rank, 0 where it runs alone."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0
+        return
+    dist.init_process_group("gloo")  # what is exchanged are lists of arrays
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
 
 
 def writable_folder(path: Path) -> Path:

@@ -7,11 +7,14 @@ all of them count. ``match_order="score"`` is ActivityNet's own get_ava_performa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..ava import read_rows
+from ..problems import Problems
 from .average_precision import STRICT, Boxes, average_precision
 
 # The classes that AVA evaluates, with at least 25 examples in each split (ids from 1).
@@ -87,7 +90,19 @@ def _best(boxes: Boxes, capacity: int) -> np.ndarray:
     return keep
 
 
-def numbered(keys: Sequence, numbering: Mapping | None = None) -> tuple[np.ndarray, dict]:
-    """A number for every different key, continuing ``numbering``; returns the keys' numbers [N] and all numbers."""
-    numbering = dict(numbering or {})
-    return np.array([numbering.setdefault(key, len(numbering)) for key in keys], np.int64), numbering
+def read_boxes(path: str | Path, images: dict[tuple[str, float], int], problems: Problems | None = None) -> Boxes:
+    """Boxes of a CSV in AVA's format; ``images`` numbers (video id, second), and new ones are added to it.
+
+    Raises:
+        DataError: see ``evad.ava.read_rows``.
+    """
+    image, label, box, score = [], [], [], []
+    for row in read_rows(path, problems):
+        number = images.setdefault((row.video, row.second), len(images))
+        if row.place:
+            image.append(number)
+            label.append(row.action)
+            box.append(row.box)
+            score.append(row.score)
+    table = np.array(box, np.float64).reshape(-1, 4)
+    return Boxes(np.array(image, np.int64), np.array(label, np.int64), table, np.array(score, np.float64))

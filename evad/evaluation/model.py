@@ -62,30 +62,38 @@ class Metrics(NamedTuple):
         }
 
 
-def evaluate(
+def evaluate(model: EVAD, dataset: Dataset, *, match_order: str = "file", **options) -> Metrics:
+    """Score a detector on a dataset of ``evad.data``; every rank of torch.distributed does its share.
+
+    Args:
+        model: Evaluated in evaluation mode; its own mode is restored.
+        dataset: Not augmented.
+        match_order: "file" (proposals in their order, as released) or "score"; see ``evad.evaluation.ava``.
+        options: As for ``collect``.
+    Returns:
+        The same on every rank; with another number of ranks the same up to rounding.
+    """
+    return score(collect(model, dataset, **options), match_order=match_order)
+
+
+def collect(
     model: EVAD,
     dataset: Dataset,
     *,
     batch_size: int = 8,
     workers: int = 0,
     threshold: float | None = None,
-    match_order: str = "file",
     autocast: torch.dtype | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Metrics:
-    """Score a detector on a dataset of ``evad.data``; every rank of torch.distributed does its share.
+) -> list[Found]:
+    """What a detector finds in every clip of a dataset, in order, on every rank.
 
     Args:
-        model: Evaluated in evaluation mode; its own mode is restored.
-        dataset: Not augmented.
         batch_size: Clips at a time.
         workers: Processes that make clips; 0 makes them here.
         threshold: Least person score of a detection; None for the model's.
-        match_order: "file" (proposals in their order, as released) or "score"; see ``evad.evaluation.ava``.
         autocast: Type to compute in; None for that of the weights.
         progress: Told how many clips of this rank are done, of how many.
-    Returns:
-        The same on every rank; with another number of ranks the same up to rounding.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     results = []
@@ -97,7 +105,7 @@ def evaluate(
         gathered = [None] * world
         dist.all_gather_object(gathered, results)
         results = sorted(itertools.chain(*gathered), key=lambda found: found.index)
-    return score(results, match_order=match_order)
+    return results
 
 
 def run(
@@ -110,7 +118,7 @@ def run(
     threshold: float | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[Found]:
-    """What the model finds in clips ``indices`` of a dataset, in their order; options as for ``evaluate``."""
+    """What the model finds in clips ``indices`` of a dataset, in their order; options as for ``collect``."""
     loader = DataLoader(Subset(dataset, indices), batch_size, num_workers=workers, collate_fn=collate)
     threshold = model.config.person_threshold if threshold is None else threshold
     weight, training, rows = next(model.parameters()), model.training, iter(indices)
@@ -177,11 +185,11 @@ def _inside(truth, kept, grid, size, patch, keyframe) -> tuple[float, float, flo
     return tuple(float(part.mean()) if len(part) else float("nan") for part in parts)
 
 
-def score(results: Sequence[Found], *, match_order: str = "file") -> Metrics:
-    """Metrics of what was found in all clips."""
+def score(results: Sequence[Found], *, match_order: str = "file", classes: Sequence[int] | None = None) -> Metrics:
+    """Metrics of what was found in all clips; ``classes`` (ids from 1) are those that the frame mAP counts."""
     if not results:
         raise ValueError("evaluate: dataset must have at least one clip, got none")
-    labels = range(1, results[0].labels.shape[1] + 1)
+    labels = range(1, results[0].labels.shape[1] + 1) if classes is None else classes
     image = np.arange(len(results))
     truth = _boxes(image, [found.truth for found in results], [found.labels > 0 for found in results])
     everyone = [np.ones((len(found.proposals), 1)) for found in results]

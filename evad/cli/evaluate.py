@@ -1,0 +1,273 @@
+"""``evad evaluate``: mAP of detections in files, or of a model on a dataset."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .. import ava
+from ..problems import POLICIES, Problems
+from . import CommandError
+from ._common import Built, add_model_arguments, build, number, ranks, say, writable_folder
+
+DESCRIPTION = """\
+Score detections against ground truth, class by class.
+
+Of files in AVA's CSV format (video_id, timestamp, x1, y1, x2, y2, action_id, score):
+  evad evaluate --ground-truth val.csv --detections found.csv --exclude excluded.csv
+Of a model on a dataset, also on several GPUs or machines with torchrun:
+  evad evaluate --checkpoint FILE --data synthetic
+  evad evaluate --checkpoint FILE --data CONFIG.yaml --split val
+
+Prints a table and writes evaluation.json, evaluation.csv and evaluation.png (and detections.csv of a model) to the
+--out folder. mAP counts classes that have ground truth; one without detections counts as 0.
+"""
+
+RULES = {
+    "file": "detections take ground truth in the order of the file, as in the evaluator released with EVAD",
+    "score": "best score first, at most 50 labelled boxes an image, as in ActivityNet's get_ava_performance.py",
+}
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="mAP of detections in files, or of a model on a dataset",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("evad_out"), metavar="DIR", help="folder [evad_out]")
+    parser.add_argument("--json", action="store_true", help="print the JSON on stdout, and nothing else")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="JSON", help="an earlier evaluation.json: its bars stand beside these"
+    )
+    group = parser.add_argument_group("how to score")
+    group.add_argument("--protocol", choices=("ava",), default="ava", help="[ava]")
+    group.add_argument(
+        "--match-order",
+        choices=tuple(RULES),
+        default="file",
+        help="who takes a ground truth that two detections claim: the first of the file, as released, or the one of "
+        "higher score, as ActivityNet's script [file]",
+    )
+    group.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="ids and names of the classes that count: a label map (.pbtxt), a table (.csv), a JSON list, or one name "
+        "a line [AVA's 60; of a dataset its own]",
+    )
+    group = parser.add_argument_group("detections in files")
+    group.add_argument("--ground-truth", type=Path, metavar="CSV", help="annotations in AVA's format")
+    group.add_argument("--detections", type=Path, metavar="CSV", help="detections in AVA's format")
+    group.add_argument("--exclude", type=Path, metavar="CSV", help="video_id, timestamp of keyframes that do not count")
+    group.add_argument(
+        "--on-error", choices=POLICIES, default="fail", help="what to do about lines that cannot be read [fail]"
+    )
+    group = parser.add_argument_group("a model on a dataset")
+    group.add_argument(
+        "--data", metavar="NAME|FILE", help="a dataset that needs no options, or a YAML file with its options"
+    )
+    group.add_argument("--split", default="val", metavar="NAME", help="of the dataset [val]")
+    group.add_argument("--batch-size", type=number(int, 1), default=8, metavar="N", help="clips at a time [8]")
+    group.add_argument("--workers", type=number(int, 0), default=2, metavar="N", help="processes that make clips [2]")
+    group.add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N clips [all]")
+    group.add_argument("--threshold", type=number(float, 0, 1), metavar="SCORE", help="least person score [0.7]")
+    add_model_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    files = args.ground_truth is not None or args.detections is not None
+    if files == (args.data is not None):
+        raise CommandError("give either --ground-truth and --detections, or --data")
+    if files and (args.ground_truth is None or args.detections is None):
+        raise CommandError("--ground-truth and --detections belong together")
+    if args.data is not None and args.exclude is not None:
+        raise CommandError("--exclude: belongs to --ground-truth; a dataset has an option exclude")
+    folder = writable_folder(args.out)
+    baseline = _baseline(args.baseline)
+    with ranks() as rank:
+        document, title = _score_files(args) if files else _score_model(args, folder, rank)
+        if rank:
+            return 0
+        from ..evaluation.report import print_table, write_report
+
+        written = write_report(document, folder, baseline)
+        if args.json:
+            print(json.dumps(document, indent=2))
+            return 0
+        print_table(document, title)
+        _print_summary(document)
+        for path in written.values():
+            print(path)
+    return 0
+
+
+def _score_files(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..evaluation import EVALUATED, evaluate_ava, read_boxes
+    from ..evaluation.report import frame_document
+
+    names = dict(enumerate(ava.ACTIONS, 1)) if args.labels is None else _label_map(args.labels)
+    classes = EVALUATED if args.labels is None else tuple(sorted(names))
+    problems, images = Problems(args.on_error), {}
+    truth = read_boxes(args.ground_truth, images, problems)
+    if not len(truth.image):
+        raise CommandError(f"--ground-truth: {args.ground_truth} has no box in it")
+    detections = read_boxes(args.detections, images, problems)
+    keys = set() if args.exclude is None else ava.read_seconds(args.exclude)
+    excluded = {images[key] for key in keys if key in images}
+    scores = evaluate_ava(detections, truth, classes, excluded=excluded, match_order=args.match_order)
+    if not scores.truths.any():
+        raise CommandError(f"--ground-truth: {args.ground_truth} has no box of the {len(classes)} classes that count")
+    document = {
+        "protocol": args.protocol,
+        "match_order": args.match_order,
+        "rule": RULES[args.match_order],
+        "ground_truth": str(args.ground_truth),
+        "detections": str(args.detections),
+        "keyframes": len(images) - len(excluded),
+        "excluded": len(excluded),
+        "skipped_lines": problems.count,
+    }
+    return document | frame_document(scores, names), f"{args.detections} against {args.ground_truth}"
+
+
+def _score_model(args: argparse.Namespace, folder: Path, rank: int) -> tuple[dict, str]:
+    from torch.utils.data import Subset
+
+    from .. import data
+    from ..evaluation import collect, score
+    from ..evaluation.report import frame_document
+    from ..evaluation.report import number as finite
+
+    built = build(args)
+    try:
+        dataset = data.build(_section(args.data), args.split, built.config)
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"--data: {error}") from error
+    labels = tuple(dataset.labels)
+    if len(labels) != built.config.num_classes:
+        raise CommandError(f"--data: {args.data} has {len(labels)} classes, the model {built.config.num_classes}")
+    if args.limit is not None and args.limit < len(dataset):
+        dataset = Subset(dataset, range(args.limit))
+    if built.note and not rank:
+        say(f"evad evaluate: {built.note}")
+    begin = time.perf_counter()
+    with _progress(rank) as progress:
+        results = collect(
+            built.model,
+            dataset,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            threshold=args.threshold,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - begin
+    names = dict(enumerate(labels, 1)) if args.labels is None else _label_map(args.labels)
+    metrics = score(results, match_order=args.match_order, classes=sorted(names))
+    if not rank:
+        _write_detections(results, folder / "detections.csv")
+    document = {
+        "protocol": args.protocol,
+        "match_order": args.match_order,
+        "rule": RULES[args.match_order],
+        "data": args.data,
+        "split": args.split,
+        "weights": built.weights,
+        "model": built.summary(),
+        "clips_per_second": round(len(results) / seconds, 3),
+        **{name: finite(value) for name, value in metrics.summary().items()},
+        "clips": metrics.clips,
+    }
+    return document | frame_document(metrics.frame, names), f"{_title(built)} on {args.data}, {args.split}"
+
+
+def _title(built: Built) -> str:
+    return f"{built.name} ({built.weights} weights), keep rate {built.config.keep_rate:g}"
+
+
+def _section(source: str) -> dict:
+    """The dataset's options: of a YAML file (or its section ``data``), or only a name."""
+    from ..data import DATASETS
+
+    path = Path(source)
+    if source in DATASETS and not path.exists():
+        return {"name": source}
+    if not path.is_file():
+        raise CommandError(f"--data: {source!r} is neither a file nor one of {', '.join(DATASETS)}")
+    import yaml
+
+    try:
+        section = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CommandError(f"--data: {path} is not a YAML file: {error}") from error
+    if isinstance(section, dict) and isinstance(section.get("data"), dict):
+        section = section["data"]
+    if not isinstance(section, dict):
+        raise CommandError(f"--data: {path} holds no options of a dataset")
+    return section
+
+
+def _label_map(path: Path) -> dict[int, str]:
+    try:
+        return ava.read_label_map(path)
+    except ValueError as error:
+        raise CommandError(f"--labels: {error}") from error
+
+
+def _baseline(path: Path | None) -> dict | None:
+    if path is None:
+        return None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if {"id", "AP"} <= set(document["classes"][0]) and "mAP@0.5" in document:
+            return document
+    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError):
+        pass
+    raise CommandError(f"--baseline: {path} is no evaluation.json")
+
+
+def _write_detections(results, path: Path) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = ava.CsvWriter(file)
+        for found in results:
+            writer.write(*found.key, found.boxes, found.actions)
+
+
+@contextmanager
+def _progress(rank: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with rate and time left, of rank 0 only; yields what is told the clips done, and of how many."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("clips, {task.fields[rate]:.1f} a second, left"))
+    console = Console(stderr=True, quiet=rank > 0)
+    begin = time.perf_counter()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task("", total=None, rate=0.0)
+        yield lambda done, total: bar.update(
+            task, completed=done, total=total, rate=done / (time.perf_counter() - begin)
+        )
+
+
+def _print_summary(document: dict) -> None:
+    def percent(name: str) -> str:
+        value = document.get(name)
+        return "-" if value is None else f"{100 * value:.2f}"
+
+    print(f"mAP at IoU 0.5: {percent('mAP@0.5')}   0.75: {percent('mAP@0.75')}   0.5:0.95: {percent('mAP@0.5:0.95')}")
+    print(f"({document['rule']})")
+    if "person_AP@0.5" in document:
+        print(f"people: AP {percent('person_AP@0.5')}; actions of people found: mAP {percent('matched_action_mAP')}")
+        print(
+            f"tokens inside ground truth: {percent('kept_inside_truth')} % of those kept, "
+            f"{percent('truth_area')} % of all; {document['clips']} clips, {document['clips_per_second']:.2f} a second"
+        )
+    if document.get("skipped_lines"):
+        print(f"{document['skipped_lines']} lines that could not be read were skipped", file=sys.stderr)

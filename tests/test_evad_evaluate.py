@@ -1,0 +1,159 @@
+"""``evad evaluate``: files against files, a model on a dataset, several processes, one line for what cannot be done."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evad import EVAD, EVADConfig
+from evad.checkpoint import save_checkpoint
+from evad.cli import main
+
+AVA = Path(__file__).parent / "golden" / "ava_eval"
+FILES = ["--ground-truth", AVA / "gt.csv", "--detections", AVA / "detections.csv"]
+EXCLUDE = ["--exclude", AVA / "excluded_timestamps.csv"]
+
+
+def run(capfd, *argv):
+    """Exit status, stdout, stderr of ``evad evaluate``."""
+    try:
+        status = main(["evaluate", *(str(word) for word in argv)])
+    except SystemExit as exit:
+        status = exit.code
+    return status, *capfd.readouterr()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "mine.safetensors"
+    config = EVADConfig.tiny(num_classes=8, short_side=48, width=48, depth=6, num_heads=3)
+    save_checkpoint(EVAD(config), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (EXCLUDE, 0.441896981778),
+        ([*EXCLUDE, "--match-order", "score"], 0.482275239354),
+        ([], 0.426657889300),
+    ],
+    ids=["as-released", "by-score", "no-exclusions"],
+)
+def test_ava_as_released(tmp_path, capfd, options, expected):
+    status, out, err = run(capfd, "--protocol", "ava", *FILES, *options, "--json", "--out", tmp_path)
+    document = json.loads(out)
+    assert (status, err) == (0, "")
+    assert document["mAP@0.5"] == pytest.approx(expected, abs=1e-12)
+    assert len(document["classes"]) == 60
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == document
+
+
+def test_table_csv_and_picture(tmp_path, capfd):
+    status, out, _ = run(capfd, *FILES, *EXCLUDE, "--out", tmp_path)
+    assert status == 0
+    assert "mAP at IoU 0.5: 44.19" in out and "jump/leap" in out and "9 of 60 classes" in out
+    rows = list(csv.DictReader((tmp_path / "evaluation.csv").open()))
+    known = [float(row["AP"]) for row in rows if row["AP"]]
+    assert len(rows) == 60 and np.mean(known) == pytest.approx(0.441896981778)
+    with Image.open(tmp_path / "evaluation.png") as picture:
+        assert picture.width > 800
+    again = run(capfd, *FILES, "--out", tmp_path / "b", "--baseline", tmp_path / "evaluation.json")
+    assert again[0] == 0 and (tmp_path / "b" / "evaluation.png").exists()
+
+
+def test_classes_of_ones_own(tmp_path, capfd):
+    """A labels file decides which classes count: one person, found."""
+    (tmp_path / "labels.txt").write_text("fly\nhover\n")
+    (tmp_path / "gt.csv").write_text("bird,3,0.1,0.1,0.4,0.4,2\nbird,4,,,,,\n")
+    (tmp_path / "found.csv").write_text("bird,3,0.1,0.1,0.4,0.4,2,0.9\nbird,4,0.1,0.1,0.4,0.4,2,0.95\n")
+    files = ("--ground-truth", tmp_path / "gt.csv", "--detections", tmp_path / "found.csv")
+    status, out, _ = run(capfd, *files, "--labels", tmp_path / "labels.txt", "--json", "--out", tmp_path)
+    document = json.loads(out)
+    assert status == 0
+    assert [(row["name"], row["AP"]) for row in document["classes"]] == [("fly", None), ("hover", 0.5)]
+    assert document["mAP@0.5"] == 0.5 and document["keyframes"] == 2
+
+
+def test_skips_and_counts_bad_lines(tmp_path, capfd):
+    (tmp_path / "found.csv").write_text((AVA / "detections.csv").read_text() + "a,1,0.1\nb,x,1,1,1,1,1,1\n")
+    arguments = (*FILES[:2], "--detections", tmp_path / "found.csv", *EXCLUDE, "--out", tmp_path, "--json")
+    status, out, err = run(capfd, *arguments, "--on-error", "skip")
+    assert status == 0 and json.loads(out)["skipped_lines"] == 2 and "line 1459" in err
+    assert json.loads(out)["mAP@0.5"] == pytest.approx(0.441896981778)
+    status, out, err = run(capfd, *arguments)
+    assert status == 2 and not out
+    assert f"{tmp_path / 'found.csv'}, line 1459: must have 7 or 8 fields, got 3" in err
+
+
+def test_a_model(tmp_path, capfd, checkpoint):
+    arguments = ("--checkpoint", checkpoint, "--data", "synthetic", "--limit", 3, "--workers", 0, "--device", "cpu")
+    status, out, _ = run(capfd, *arguments, "--out", tmp_path, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["clips"] == 3 and len(document["classes"]) == 8 and document["classes"][3]["name"] == "jump"
+    assert 0 <= document["person_AP@0.5"] <= 1 and document["clips_per_second"] > 0
+    rows = list(csv.reader((tmp_path / "detections.csv").open()))
+    assert {row[0] for row in rows} == {f"synthetic_val_{index:06d}" for index in range(3)}
+    status, out, _ = run(capfd, *arguments, "--out", tmp_path)
+    assert status == 0 and "people: AP" in out and "clips" in out
+
+
+def test_two_processes_equal_one(tmp_path, checkpoint):
+    """Started as torchrun starts them: 5 clips over two processes, rank 0 reports all."""
+    (tmp_path / "data.yaml").write_text("data:\n  name: synthetic\n  val: {clips: 5}\n")
+    words = [sys.executable, "-m", "evad", "evaluate", "--checkpoint", checkpoint, "--data", tmp_path / "data.yaml"]
+    words += ["--workers", 0, "--device", "cpu", "--json", "--batch-size", 1, "--out"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [str(word) for word in [*words, tmp_path / "two"]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert outputs[1][0] == ""
+    alone = subprocess.run([str(word) for word in [*words, tmp_path / "one"]], capture_output=True, text=True)
+    two, one = json.loads(outputs[0][0]), json.loads(alone.stdout)
+    assert two.pop("clips_per_second") and one.pop("clips_per_second")
+    assert two == one and one["clips"] == 5
+    found = [(tmp_path / name / "detections.csv").read_text() for name in ("one", "two")]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --ground-truth and --detections, or --data"),
+        ([*FILES, "--data", "synthetic"], "either"),
+        (FILES[:2], "belong together"),
+        (["--ground-truth", "nowhere.csv", *FILES[2:]], "nowhere.csv: No such file"),
+        ([*FILES, "--exclude", AVA / "expected.json"], "expected.json, line 1: must be a video id and a timestamp"),
+        ([*FILES, "--labels", "nowhere.txt"], "nowhere.txt"),
+        ([*FILES, "--baseline", AVA / "classes.json"], "is no evaluation.json"),
+        ([*FILES, "--match-order", "best"], "--match-order"),
+        (["--data", "nothing", "--model", "tiny"], "'nothing' is neither a file nor one of synthetic"),
+        (["--data", "synthetic", "--model", "tiny"], "has 8 classes, the model 80"),
+    ],
+)
+def test_rejects(tmp_path, capfd, arguments, message):
+    status, out, err = run(capfd, *arguments, "--out", tmp_path)
+    assert status == 2 and not out
+    assert message in err and err.count("\n") == 1
