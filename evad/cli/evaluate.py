@@ -30,8 +30,11 @@ Prints a table and writes evaluation.json, evaluation.csv and evaluation.png (an
 
 RULES = {
     "file": "detections take ground truth in the order of the file, as in the evaluator released with EVAD",
+    "tubes": "best score first; tubes of linked detections against tubes of the ground truth",
     "score": "best score first, at most 50 labelled boxes an image, as in ActivityNet's get_ava_performance.py",
 }
+
+TUBES = ("ucf101-24", "jhmdb")
 
 
 def add_parser(commands) -> None:
@@ -47,10 +50,14 @@ def add_parser(commands) -> None:
         "--baseline", type=Path, metavar="JSON", help="an earlier evaluation.json: its bars stand beside these"
     )
     group = parser.add_argument_group("how to score")
-    group.add_argument("--protocol", choices=("ava",), default="ava", help="[ava]")
+    group.add_argument(
+        "--protocol",
+        choices=("ava", *TUBES),
+        help="ava: frame mAP as AVA; the others: frame mAP and video mAP of linked tubes [the --data's, else ava]",
+    )
     group.add_argument(
         "--match-order",
-        choices=tuple(RULES),
+        choices=("file", "score"),
         default="file",
         help="who takes a ground truth that two detections claim: the first of the file, as released, or the one of "
         "higher score, as ActivityNet's script [file]",
@@ -63,8 +70,19 @@ def add_parser(commands) -> None:
         "a line [AVA's 60; of a dataset its own]",
     )
     group = parser.add_argument_group("detections in files")
-    group.add_argument("--ground-truth", type=Path, metavar="CSV", help="annotations in AVA's format")
-    group.add_argument("--detections", type=Path, metavar="CSV", help="detections in AVA's format")
+    group.add_argument(
+        "--ground-truth",
+        type=Path,
+        metavar="FILE",
+        help="annotations: CSV in AVA's format; the published pickle of UCF101-24 or JHMDB",
+    )
+    group.add_argument("--fold", type=number(int, 1), default=1, metavar="N", help="split of UCF101-24 or JHMDB [1]")
+    group.add_argument(
+        "--detections",
+        type=Path,
+        metavar="CSV",
+        help="detections in AVA's format; of UCF101-24 and JHMDB the timestamp is the frame, from 1",
+    )
     group.add_argument("--exclude", type=Path, metavar="CSV", help="video_id, timestamp of keyframes that do not count")
     group.add_argument(
         "--on-error", choices=POLICIES, default="fail", help="what to do about lines that cannot be read [fail]"
@@ -84,6 +102,9 @@ def add_parser(commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     files = args.ground_truth is not None or args.detections is not None
+    section = None if args.data is None else _section(args.data)
+    if args.protocol is None:
+        args.protocol = section["name"] if section and section.get("name") in TUBES else "ava"
     if files == (args.data is not None):
         raise CommandError("give either --ground-truth and --detections, or --data")
     if files and (args.ground_truth is None or args.detections is None):
@@ -93,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     folder = writable_folder(args.out)
     baseline = _baseline(args.baseline)
     with ranks() as rank:
-        document, title = _score_files(args) if files else _score_model(args, folder, rank)
+        document, title = _score_files(args) if files else _score_model(args, section, folder, rank)
         if rank:
             return 0
         from ..evaluation.report import print_table, write_report
@@ -110,12 +131,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score_files(args: argparse.Namespace) -> tuple[dict, str]:
+    from ..data.tubes import read_annotations
     from ..evaluation import EVALUATED, evaluate_ava, read_boxes
     from ..evaluation.report import frame_document
 
     names = dict(enumerate(ava.ACTIONS, 1)) if args.labels is None else _label_map(args.labels)
     classes = EVALUATED if args.labels is None else tuple(sorted(names))
     problems, images = Problems(args.on_error), {}
+    title = f"{args.detections} against {args.ground_truth}"
+    if args.protocol in TUBES:
+        truth = read_annotations(args.ground_truth, problems)
+        detections = read_boxes(args.detections, images, problems)
+        document = _score_tubes(args, truth, args.fold, detections, images)
+        return document | {"detections": str(args.detections), "skipped_lines": problems.count}, title
     truth = read_boxes(args.ground_truth, images, problems)
     if not len(truth.image):
         raise CommandError(f"--ground-truth: {args.ground_truth} has no box in it")
@@ -135,20 +163,32 @@ def _score_files(args: argparse.Namespace) -> tuple[dict, str]:
         "excluded": len(excluded),
         "skipped_lines": problems.count,
     }
-    return document | frame_document(scores, names), f"{args.detections} against {args.ground_truth}"
+    return document | frame_document(scores, names), title
 
 
-def _score_model(args: argparse.Namespace, folder: Path, rank: int) -> tuple[dict, str]:
+def _score_tubes(args: argparse.Namespace, truth, fold: int, detections, images: dict) -> dict:
+    from ..evaluation import JHMDB, UCF101_24, evaluate_tubes
+    from ..evaluation.report import tube_document
+
+    linking = UCF101_24 if args.protocol == "ucf101-24" else JHMDB
+    scores = evaluate_tubes(detections, images, truth, fold, linking)
+    document = {"protocol": args.protocol, "fold": fold, "rule": RULES["tubes"], "linking": linking._asdict()}
+    return document | tube_document(scores, dict(enumerate(truth.labels, 1)))
+
+
+def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: int) -> tuple[dict, str]:
     from torch.utils.data import Subset
 
     from .. import data
+    from ..data.tubes import read_annotations
     from ..evaluation import collect, score
+    from ..evaluation.model import detections as all_detections
     from ..evaluation.report import frame_document
     from ..evaluation.report import number as finite
 
     built = build(args)
     try:
-        dataset = data.build(_section(args.data), args.split, built.config)
+        dataset = data.build(section, args.split, built.config)
     except (ValueError, TypeError) as error:
         raise CommandError(f"--data: {error}") from error
     labels = tuple(dataset.labels)
@@ -185,7 +225,13 @@ def _score_model(args: argparse.Namespace, folder: Path, rank: int) -> tuple[dic
         **{name: finite(value) for name, value in metrics.summary().items()},
         "clips": metrics.clips,
     }
-    return document | frame_document(metrics.frame, names), f"{_title(built)} on {args.data}, {args.split}"
+    title = f"{_title(built)} on {args.data}, {args.split}"
+    if args.protocol in TUBES:
+        images = {found.key: number for number, found in enumerate(results)}
+        truth = read_annotations(section["annotations"])
+        tubes = _score_tubes(args, truth, section.get("fold", 1), all_detections(results), images)
+        return document | tubes, title
+    return document | frame_document(metrics.frame, names), title
 
 
 def _title(built: Built) -> str:
@@ -261,7 +307,14 @@ def _print_summary(document: dict) -> None:
         value = document.get(name)
         return "-" if value is None else f"{100 * value:.2f}"
 
-    print(f"mAP at IoU 0.5: {percent('mAP@0.5')}   0.75: {percent('mAP@0.75')}   0.5:0.95: {percent('mAP@0.5:0.95')}")
+    others = {"0.75": "mAP@0.75", "0.5:0.95": "mAP@0.5:0.95"}
+    if document["protocol"] in TUBES:
+        others = {}
+    parts = [f"mAP at IoU 0.5: {percent('mAP@0.5')}", *(f"{iou}: {percent(name)}" for iou, name in others.items())]
+    print("   ".join(parts))
+    if document["protocol"] in TUBES:
+        video = (f"{iou}: {percent(f'video_mAP@{iou}')}" for iou in ("0.2", "0.5", "0.75", "0.5:0.95"))
+        print("video mAP at IoU " + "   ".join(video))
     print(f"({document['rule']})")
     if "person_AP@0.5" in document:
         print(f"people: AP {percent('person_AP@0.5')}; actions of people found: mAP {percent('matched_action_mAP')}")

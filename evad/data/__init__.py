@@ -15,10 +15,17 @@ from .ava import read_ava, read_csv
 from .clips import Clips
 from .sample import Batch, Sample, collate
 from .synthetic import Synthetic
+from .tubes import read_tubes
 
 __all__ = ["DATASETS", "Batch", "Clips", "Sample", "Synthetic", "build", "collate"]
 
-DATASETS: dict[str, Callable[..., Dataset]] = {"synthetic": Synthetic, "ava": read_ava, "csv": read_csv}
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "synthetic": Synthetic,
+    "ava": read_ava,
+    "csv": read_csv,
+    "ucf101-24": read_tubes,
+    "jhmdb": read_tubes,
+}
 
 _CLIP = ("num_frames", "frame_stride", "short_side", "pixel_mean", "pixel_std")  # a model's needs
 

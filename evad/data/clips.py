@@ -96,11 +96,12 @@ class Clips(Dataset):
             self.problems(f"{error} (for {entry.key[0]} at {entry.key[1]:g})", error)
             samples = [prepare(np.zeros((*size, 3), np.uint8))] * self.sampling.num_frames
             boxes, labels = boxes[:0], labels[:0]
-        boxes = prepare_boxes(boxes, size, short_side, self.max_size, flip=flip)
-        seen = (boxes[:, :2] < boxes[:, 2:]).all(1)
+        pixels = prepare_boxes(boxes, size, short_side, self.max_size, flip=flip)
+        seen = (pixels[:, :2] < pixels[:, 2:]).all(1)
         target = {
-            "boxes": torch.from_numpy(boxes[seen].astype(np.float32)),
+            "boxes": torch.from_numpy(pixels[seen].astype(np.float32)),
             "labels": torch.from_numpy(labels[seen].astype(np.float32)),
+            "truth": torch.from_numpy(boxes[seen]),  # as annotated, for evaluation
         }
         return Sample(normalize(samples, self.pixel_mean, self.pixel_std), target, entry.key)
 

@@ -13,7 +13,9 @@ class Sample(NamedTuple):
     """One clip, ready for the model."""
 
     clip: Tensor  # [3, T, H, W] float32, normalised
-    target: dict[str, Tensor]  # "boxes" [M, 4] x1, y1, x2, y2 in pixels of the clip; "labels" [M, classes] multi-hot
+    target: dict[str, Tensor]
+    """"boxes" [M, 4] float32: x1, y1, x2, y2 in pixels of the clip; "labels" [M, classes] float32: multi-hot; perhaps
+    "truth" [M, 4] float64: the boxes as annotated, in parts of the picture, never clipped."""
     key: tuple[str, float]  # video id, second of the keyframe
 
 

@@ -3,17 +3,22 @@
 from .ava import EVALUATED, AvaScores, evaluate_ava, read_boxes
 from .average_precision import STRICT, Boxes, average_precision
 from .model import Metrics, collect, evaluate, score
+from .tubes import JHMDB, UCF101_24, TubeScores, evaluate_tubes
 
 __all__ = [
     "EVALUATED",
+    "JHMDB",
     "STRICT",
+    "UCF101_24",
     "AvaScores",
     "Boxes",
     "Metrics",
+    "TubeScores",
     "average_precision",
     "collect",
     "evaluate",
     "evaluate_ava",
+    "evaluate_tubes",
     "read_boxes",
     "score",
 ]

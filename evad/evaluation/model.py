@@ -148,7 +148,7 @@ def _found(model: EVAD, batch: Batch, output: EVADOutput, threshold: float) -> I
         one = EVADOutput(*(part[index : index + 1] for part in output[:3]), ())
         boxes, scores, action_scores = (part.numpy() for part in select_detections(one, [size], threshold)[0])
         proposals = output.boxes[index].numpy() / whwh
-        truth = target["boxes"].numpy() / whwh
+        truth = target["truth"].numpy() if "truth" in target else target["boxes"].numpy() / whwh
         kept = output.kept[-1][index].numpy() if output.kept else np.zeros(0, np.int64)
         yield Found(
             index,

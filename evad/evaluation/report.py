@@ -14,6 +14,7 @@ import numpy as np
 from ..draw import brief
 from .ava import AvaScores, mean
 from .average_precision import STRICT
+from .tubes import TubeScores
 
 INK, FAINT, GRID, OURS, THEIRS = "#1d2430", "#69717f", "#e3e6eb", "#e8590c", "#adb5bd"
 
@@ -38,6 +39,24 @@ def frame_document(scores: AvaScores, names: Mapping[int, str]) -> dict:
         "mAP_by_iou": {f"{iou:.2f}": number(value) for iou, value in zip(STRICT, scores.strict, strict=True)},
         "classes": classes,
     }
+
+
+def tube_document(scores: TubeScores, names: Mapping[int, str]) -> dict:
+    """Frame and video mAP as JSON has them."""
+    frame = zip(scores.labels, scores.frame_ap, scores.video_ap[1], scores.truths, scores.detections, strict=True)
+    classes = [
+        {
+            "id": int(label),
+            "name": names.get(label, f"class {label}"),
+            "AP": number(ap),
+            "video_AP@0.5": number(video),
+            "ground_truths": int(truths),
+            "detections": int(found),
+        }
+        for label, ap, video, truths, found in frame
+    ]
+    video = {f"video_mAP@{iou}": number(value) for iou, value in scores.video_map().items()}
+    return {"mAP@0.5": number(scores.mean), **video, "classes": classes}
 
 
 def number(value: float) -> float | None:
