@@ -30,6 +30,7 @@ void for_each_run(int64_t B, int64_t rows, int64_t row_bytes, int threads, const
 template <class Source>
 void copy_rows(const Source& source, int64_t B, int64_t rows, int64_t row_bytes, char* out, int threads) {
   const auto copy = [&](auto size) {
+    if (row_bytes == 0) return;  // then `out` may be null, which memset must not be given
     for_each_run(B, rows, row_bytes, threads, [&](int64_t b, int64_t begin, int64_t end) {
       const Source from = source;  // local: a store through char* could change what `source` refers to
       const auto bytes = size;

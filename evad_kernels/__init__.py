@@ -8,6 +8,8 @@ from .roi_align_3d import roi_align_3d, roi_pool_3d
 from .scatter_tokens import scatter_tokens
 from .token_selection import gather_tokens, select_tokens
 
+from . import patch as patch  # isort: skip  (needs the ops above)
+
 __version__ = "0.1.0"
 
 __all__ = [

@@ -162,8 +162,10 @@ def test_a_backend_asked_for_by_name_never_falls_back(backend):
 
 
 def test_untested_backend_is_used_by_name_only(monkeypatch):
-    monkeypatch.setitem(_backend.MISSING, "cuda", None)
-    on_gpu = types.SimpleNamespace(device=torch.device("cuda"))
+    for backend in ("triton", "cuda"):
+        monkeypatch.setitem(_backend.MISSING, backend, None)
+        monkeypatch.setitem(_backend.DEVICE, backend, "cuda")
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
     for op, backend in _backend.BY_NAME_ONLY:
         assert backend in _backend.IMPLEMENTED[op]
         assert _backend.choose(op, on_gpu) != backend
