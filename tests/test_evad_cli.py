@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -196,6 +197,57 @@ def test_detect_turned_video(tmp_path, capfd):
         assert video.width * 96 == video.height * 64
 
 
+@pytest.fixture(scope="module")
+def folder_of_videos(tmp_path_factory):
+    """Two videos of 5 frames, one that is broken, and a file that is none."""
+    from evad.video import VideoWriter
+
+    folder = tmp_path_factory.mktemp("videos")
+    for name in ("b", "a"):
+        with VideoWriter(folder / f"{name}.mp4", 64, 48, 10) as writer:
+            for frame in range(5):
+                writer.write(np.full((48, 64, 3), 40 * frame, np.uint8), frame / 10)
+    (folder / "broken.mp4").write_text("no video")
+    (folder / "notes.md").touch()
+    return folder
+
+
+def test_detect_folder(tmp_path, capfd, folder_of_videos):
+    arguments = ("--out", tmp_path, "--no-video", "--json", *TINY)
+    status, out, err = run(capfd, "detect", folder_of_videos, *arguments)
+    assert status == 2
+    assert "broken.mp4: not a video" in err and "1 of 3 videos could not be read" in err
+    documents = json.loads(out)
+    assert [Path(document["video"]["path"]).name for document in documents] == ["a.mp4", "b.mp4"]
+    rows = list(csv.reader((tmp_path / "detections.csv").open()))
+    assert list(dict.fromkeys(row[0] for row in rows)) == ["a", "b"]
+    assert len(rows) == sum(len((tmp_path / f"{name}.detections.csv").read_text().splitlines()) for name in "ab")
+    (tmp_path / "list.txt").write_text(f"{folder_of_videos / 'b.mp4'}\n\n")
+    status, out, _ = run(capfd, "detect", tmp_path / "list.txt", folder_of_videos / "a.mp4", *arguments)
+    assert status == 0 and len(json.loads(out)) == 2
+
+
+def test_detect_shares_videos_between_processes(tmp_path, folder_of_videos):
+    """Started as torchrun starts them: each process does its videos, rank 0 prints and merges."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    videos = [str(folder_of_videos / f"{name}.mp4") for name in "ab"]
+    words = [sys.executable, "-m", "evad", "detect", *videos, "--out", str(tmp_path), "--no-video", "--json", *TINY]
+    started = [
+        subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment | {"RANK": str(rank)}
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert [Path(document["video"]["path"]).stem for document in json.loads(outputs[0][0])] == ["a", "b"]
+    assert outputs[1][0] == ""
+    assert {line.split(",")[0] for line in (tmp_path / "detections.csv").read_text().splitlines()} == {"a", "b"}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_interrupt_leaves_valid_files(tmp_path, as_json):
@@ -323,6 +375,8 @@ def rejected(capfd, *argv):
         (["detect", BIKES, "--checkpoint", "none.pth"], "--checkpoint: none.pth: no such file"),
         (["detect", BIKES, "--labels", "none.txt"], "none.txt: No such file"),
         (["detect", "none.mp4"], "none.mp4: no such file"),
+        (["detect", BIKES, HERE / "bikes.mp4"], "would write the same files"),
+        (["detect", HERE / "golden"], "is a folder without videos"),
         (["visualize", "none.mp4"], "none.mp4: no such file"),
         (["visualize", BIKES, "--time", "11"], "--time: 11 s is after the end"),
         (["visualize", BIKES, "--time", "-1"], "--time"),

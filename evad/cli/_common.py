@@ -205,18 +205,29 @@ def read_labels(path: Path | None, num_classes: int) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def ranks() -> Iterator[int]:
-    """Join the processes that torchrun started; yields this one's rank, 0 where it runs alone."""
+def ranks() -> Iterator[tuple[int, int]]:
+    """Join the processes that torchrun started; yields this one's rank and their number, (0, 1) where it runs alone."""
     import torch.distributed as dist
 
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield 0
+        yield 0, 1
         return
     dist.init_process_group("gloo")  # what is exchanged are lists of arrays
     try:
-        yield dist.get_rank()
+        yield dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
+
+
+def from_all_ranks(value: list) -> list:
+    """The lists of all ranks as one, in the order of the ranks."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return [item for part in gathered for item in part]
 
 
 def writable_folder(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""``evad detect``: people and their actions in a video."""
+"""``evad detect``: people and their actions in videos."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from .. import ava, draw
-from ..video import ROUNDING, Clip, ClipSampler, Frame, Video, VideoWriter, normalize, resize
+from ..data.media import VIDEOS
+from ..video import ROUNDING, Clip, ClipSampler, Frame, Video, VideoError, VideoWriter, normalize, resize
 from . import CommandError
 from ._common import (
     Built,
@@ -28,21 +29,26 @@ from ._common import (
     add_size_argument,
     build,
     configuration,
+    from_all_ranks,
     number,
     placement,
+    ranks,
     read_labels,
     say,
     writable_folder,
 )
 
 DESCRIPTION = """\
-Find people in a video and tell what they do, at a keyframe every second.
+Find people in videos and tell what they do, at a keyframe every second.
 
 Writes to the --out folder, for a video called party.mp4:
   party.annotated.mp4     the video with boxes, labels and scores; a keyframe's boxes stay until the next
   party.detections.csv    AVA's format: video_id, timestamp, x1, y1, x2, y2, action_id, score, for every action of
                           every box (as the released evaluation: where nobody reaches --threshold, of all boxes)
   party.detections.json   the people who reach --threshold, with their best actions, and what was run
+
+Of several videos also detections.csv, all together. They are shared by the processes that torchrun starts; a video that
+cannot be read is said and left out.
 
 The annotated video has no sound. Ctrl-C stops after the clip under way and leaves these files whole up to there.
 """
@@ -55,9 +61,16 @@ def add_parser(commands) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("video", metavar="VIDEO", help="any file that FFmpeg reads")
+    parser.add_argument(
+        "video",
+        nargs="+",
+        metavar="VIDEO",
+        help="any file that FFmpeg reads, a folder of them, or a list of their paths (.txt, one a line)",
+    )
     parser.add_argument("--out", type=Path, default=Path("evad_out"), metavar="DIR", help="folder [evad_out]")
-    parser.add_argument("--json", action="store_true", help="print the JSON on stdout, and nothing else")
+    parser.add_argument(
+        "--json", action="store_true", help="print the JSON on stdout, of several videos a list, and nothing else"
+    )
     parser.add_argument("--no-video", action="store_true", help="write no annotated video")
     group = parser.add_argument_group("what to look at")
     group.add_argument(
@@ -86,35 +99,106 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with Video(args.video) as video:
-        _check_span(video, args.start, args.end)
-        config, _ = configuration(args)
-        placement(args)
-        labels = read_labels(args.labels, config.num_classes)
-        folder = writable_folder(args.out)
+    paths = _videos(args.video)
+    several = len(paths) > 1
+    if not several:
+        with Video(paths[0]) as video:
+            _check_span(video, args.start, args.end)
+    config, _ = configuration(args)
+    placement(args)
+    labels = read_labels(args.labels, config.num_classes)
+    folder = writable_folder(args.out)
+    with ranks() as (rank, world):
         built = build(args)
-        if built.note:
+        if built.note and not rank:
             say(f"evad detect: {built.note}")
-        result = detect(
-            built,
-            video,
-            folder,
-            labels,
-            every=args.every,
-            start=args.start,
-            end=args.end,
-            size=args.size,
-            threshold=args.threshold,
-            top=args.top,
-            annotate=not args.no_video,
-        )
-    if args.json:
-        with open(result.files["json"], encoding="utf-8") as file:
+        files, failed, interrupted = [], [], False
+        for path in paths[rank::world]:
+            try:
+                with Video(path) as video:
+                    _check_span(video, args.start, args.end)
+                    result = detect(
+                        built,
+                        video,
+                        folder,
+                        labels,
+                        every=args.every,
+                        start=args.start,
+                        end=args.end,
+                        size=args.size,
+                        threshold=args.threshold,
+                        top=args.top,
+                        annotate=not args.no_video,
+                    )
+            except (VideoError, CommandError) as error:
+                if not several:
+                    raise
+                failed.append(str(error))
+                say(f"evad detect: {error}")
+                continue
+            files.append(result.files)
+            if not args.json:
+                _report(result)
+            if interrupted := result.interrupted:
+                break
+        failed, files = from_all_ranks(failed), from_all_ranks(files)
+        if rank:
+            return 130 if interrupted else 0
+        if several:
+            files.sort(key=lambda written: written["csv"])
+            _merge([written["csv"] for written in files], folder / "detections.csv")
+            if not args.json:
+                print(folder / "detections.csv")
+        if args.json:
+            _print_json([written["json"] for written in files], several)
+        if failed:
+            say(f"evad detect: {len(failed)} of {len(paths)} videos could not be read")
+        return 130 if interrupted else 2 if failed else 0
+
+
+def _videos(words: list[str]) -> list[Path]:
+    """The videos that are meant: files, those in folders, and those that a list (.txt, one a line) names."""
+    paths: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in VIDEOS)
+            if not found:
+                raise CommandError(f"{path}: is a folder without videos ({', '.join(VIDEOS)})")
+            paths += found
+        elif path.suffix.lower() == ".txt" and path.is_file():
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise CommandError(f"{path}: a list of videos must be UTF-8 text, one a line") from error
+            paths += [path.parent / line.strip() for line in lines if line.strip()]
+        else:
+            paths.append(path)
+    if not paths:
+        raise CommandError(f"{words[0]}: names no video")
+    stems: dict[str, Path] = {}
+    for path in paths:
+        if stems.setdefault(path.stem, path) != path:
+            raise CommandError(f"{stems[path.stem]} and {path} would write the same files; run them one by one")
+    return list(dict.fromkeys(paths))
+
+
+def _merge(parts: list[Path], path: Path) -> None:
+    with open(path, "wb") as merged:
+        for part in parts:
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, merged)
+
+
+def _print_json(parts: list[Path], several: bool) -> None:
+    for place, part in enumerate(parts):
+        if several:
+            print("[" if place == 0 else ",")
+        with open(part, encoding="utf-8") as file:
             shutil.copyfileobj(file, sys.stdout)
-        sys.stdout.flush()
-    else:
-        _report(result)
-    return 130 if result.interrupted else 0
+    if several:
+        print("]" if parts else "[]")
+    sys.stdout.flush()
 
 
 def _check_span(video: Video, start: float, end: float | None) -> None:

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--exclude: belongs to --ground-truth; a dataset has an option exclude")
     folder = writable_folder(args.out)
     baseline = _baseline(args.baseline)
-    with ranks() as rank:
+    with ranks() as (rank, _):
         document, title = _score_files(args) if files else _score_model(args, section, folder, rank)
         if rank:
             return 0
