@@ -44,10 +44,15 @@ class LoadReport(NamedTuple):
 
 def save_checkpoint(model: EVAD, path: str | Path) -> None:
     """Write weights and configuration to a safetensors file, which ``load_checkpoint`` and ``read_config`` read."""
+    write_weights(model.state_dict(), model.config, path)
+
+
+def write_weights(weights: Mapping[str, Tensor], config: EVADConfig, path: str | Path) -> None:
+    """``save_checkpoint`` of a state dictionary."""
     from safetensors.torch import save_file
 
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, path, metadata={"evad_config": json.dumps(dataclasses.asdict(model.config))})
+    weights = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
+    save_file(weights, path, metadata={"evad_config": json.dumps(dataclasses.asdict(config))})
 
 
 def read_config(path: str | Path) -> EVADConfig:

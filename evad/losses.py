@@ -28,7 +28,7 @@ TINY_AREA = 1e-6  # square pixels; a union of no area divides nothing
 
 
 class Counts(NamedTuple):
-    """What a batch's sums are divided by; numbers, or tensors of no dimension on the loss's device."""
+    """What a batch's sums are divided by (0 counts as 1); numbers, or tensors of no dimension on the loss's device."""
 
     clips: float | Tensor
     boxes: float | Tensor  # of the ground truth
@@ -83,7 +83,7 @@ def detection_losses(
     kind_weight = logits.new_tensor([1.0, config.background_weight])
     cross_entropy = F.cross_entropy(logits.movedim(-1, 1), kind, kind_weight, reduction="none").flatten(1).sum(1)
     num_background = counts.clips * logits.shape[2] - counts.matched
-    num_boxes = counts.boxes.clamp(min=1) if isinstance(counts.boxes, Tensor) else max(counts.boxes, 1)
+    num_boxes, num_matched = (number + (number == 0) for number in (counts.boxes, counts.matched))
     terms = {
         "loss_ce": config.score_loss_weight
         * cross_entropy
@@ -95,9 +95,7 @@ def detection_losses(
     actions = torch.stack([block[matching.clip[-1], matching.proposal[-1]] for block in predictions.action_logits])
     labels = labels[matching.target[-1]].expand_as(actions)  # [blocks, matched, classes]
     actions = F.binary_cross_entropy_with_logits(actions.to(labels.dtype), labels, reduction="none").sum((1, 2))
-    terms["loss_bce"] = actions * (
-        config.action_loss_weight / ((counts.matched + (counts.matched == 0)) * labels.shape[-1])
-    )
+    terms["loss_bce"] = actions * (config.action_loss_weight / (num_matched * labels.shape[-1]))
 
     losses = {}
     for name, values in terms.items():

@@ -15,6 +15,7 @@ EVAD: finds people in video and tells what they do, with a transformer that drop
 
   evad demo                     the whole thing on a clip it renders itself; nothing to download
   evad detect party.mp4         boxes, labels and scores: annotated video, CSV in AVA's format, JSON
+  evad train                    teach a model: on your data, or on synthetic clips
   evad evaluate                 mAP of detections in files, or of a model on a dataset
   evad visualize party.mp4      which tokens each pruning layer keeps, as a picture
   evad profile                  operations, parameters, tokens, time and memory of a model
@@ -32,11 +33,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import demo, detect, evaluate, profile, visualize
+    from . import demo, detect, evaluate, profile, train, visualize
 
     parser = _Parser(prog=PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for command in (demo, detect, evaluate, visualize, profile):
+    for command in (demo, detect, train, evaluate, visualize, profile):
         command.add_parser(commands)
     return parser
 
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import matplotlib  # noqa: F401
         import PIL  # noqa: F401
         import rich  # noqa: F401
+        import scipy  # noqa: F401
     except ImportError as error:
         print(f"{PROGRAM}: {error.name} is missing: pip install 'evad-kernels[evad]'", file=sys.stderr)
         return 2
@@ -84,7 +86,7 @@ def _explain(error: Exception) -> str | None:
     from ..video import VideoError
 
     if isinstance(error, (CommandError, DataError, VideoError)):
-        return str(error)
+        return str(error).rpartition(f"{type(error).__name__}: ")[2]  # from a worker process it comes with a traceback
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):

@@ -205,14 +205,14 @@ def read_labels(path: Path | None, num_classes: int) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def ranks() -> Iterator[tuple[int, int]]:
+def ranks(backend: str = "gloo") -> Iterator[tuple[int, int]]:
     """Join the processes that torchrun started; yields this one's rank and their number, (0, 1) where it runs alone."""
     import torch.distributed as dist
 
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0, 1
         return
-    dist.init_process_group("gloo")  # what is exchanged are lists of arrays
+    dist.init_process_group(backend)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

@@ -1,0 +1,141 @@
+"""Snapshots of a run: all it needs to go on, so that a run killed at any moment loses no more than a few steps.
+
+A snapshot is a folder ``step_00001234`` with the weights (safetensors, as ``save_checkpoint`` writes them), the state
+of the run (read with ``weights_only=True``) and the checksums of both. It is written under another name, flushed to the
+disk, then renamed: whatever the name stands for is complete. What was damaged later is found by its checksum, and
+the snapshot before it serves.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checkpoint import write_weights
+from .config import EVADConfig
+
+WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "state.pt", "sha256.json"
+_NAME = "step_????????*"
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says why, and what is left of it."""
+
+
+class Snapshot(NamedTuple):
+    path: Path
+    weights: dict[str, Tensor]
+    state: dict
+
+
+def write_snapshot(
+    folder: Path, step: int, weights: Mapping[str, Tensor], config: EVADConfig, state: dict, *, keep: int
+) -> Path:
+    """Write a snapshot, then delete all but the ``keep`` newest.
+
+    Raises:
+        TrainingError: it cannot be written, for want of space, say; those that exist are untouched.
+    """
+    from safetensors import SafetensorError
+
+    path = folder / f"step_{step:08d}"
+    draft = folder / f".{path.name}.draft"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write_weights(weights, config, draft / WEIGHTS)
+        torch.save(state, draft / STATE)
+        checksums = {name: _checksum(draft / name) for name in (WEIGHTS, STATE)}
+        (draft / CHECKSUMS).write_text(json.dumps(checksums))
+        for name in (WEIGHTS, STATE, CHECKSUMS, "."):
+            _flush(draft / name)
+        _delete(path)  # damaged, or this run would have started from it
+        draft.rename(path)
+        _flush(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        reason = _reason(error, folder)
+        raise TrainingError(
+            f"the checkpoint of step {step} cannot be written: {reason}; {last_good(folder)}"
+        ) from error
+    for old in snapshots(folder)[:-keep]:
+        _delete(old)
+    return path
+
+
+def read_snapshot(folder: Path) -> Snapshot | None:
+    """The newest snapshot that is whole, on the CPU; a warning for each that is not. None where there is none.
+
+    Raises:
+        TrainingError: there are snapshots, and all are damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    paths = snapshots(folder)
+    for path in reversed(paths):
+        try:
+            for name, checksum in json.loads((path / CHECKSUMS).read_text()).items():
+                if _checksum(path / name) != checksum:
+                    raise ValueError(f"{name} is not what was written")
+            state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+            return Snapshot(path, load_file(path / WEIGHTS), state)
+        except (OSError, ValueError, RuntimeError, AttributeError, pickle.UnpicklingError, SafetensorError) as error:
+            warnings.warn(f"{path} is damaged ({error}): the checkpoint before it is used", stacklevel=2)
+    if paths:
+        raise TrainingError(f"all {len(paths)} checkpoints in {folder} are damaged; the newest is {paths[-1].name}")
+    return None
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob(_NAME), key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def last_good(folder: Path) -> str:
+    """For a message."""
+    good = snapshots(folder)
+    return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _delete(path: Path) -> None:
+    """Gone at once, as far as names go."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Why a write failed; safetensors and torch wrap the system's words in their own."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "code: 28" in str(error):
+        return f"the disk of {folder} is full"
+    return " ".join(str(error).split()).partition(" Exception raised from")[0] or type(error).__name__
