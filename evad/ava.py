@@ -170,7 +170,7 @@ class Row(NamedTuple):
     video: str
     second: float
     place: tuple[str, ...]  # x1, y1, x2, y2 as written, parts of the picture's width and height; empty: nobody is there
-    action: int  # from 1
+    action: int  # from 1; 0 where the line has none
     score: float  # of a detection; the person's id in annotations; 1 where the line has none
 
     @property
@@ -199,7 +199,7 @@ def read_rows(path: str | Path, problems: Problems | None = None) -> Iterator[Ro
             continue
         try:
             second = float(fields[1])
-            action = int(fields[6]) if place else 0
+            action = int(fields[6]) if place and fields[6].strip() else 0
             score = float(fields[7]) if len(fields) == 8 and fields[7].strip() else 1.0
             if not all(math.isfinite(value) for value in (second, score, *map(float, place))):
                 raise ValueError("a number is not finite")

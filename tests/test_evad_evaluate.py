@@ -104,8 +104,12 @@ def test_a_model(tmp_path, capfd, checkpoint):
     assert 0 <= document["person_AP@0.5"] <= 1 and document["clips_per_second"] > 0
     rows = list(csv.reader((tmp_path / "detections.csv").open()))
     assert {row[0] for row in rows} == {f"synthetic_val_{index:06d}" for index in range(3)}
-    status, out, _ = run(capfd, *arguments, "--out", tmp_path)
+    boxes = ("--boxes", tmp_path / "detections.csv", "--size", 24, "--out", tmp_path / "again")
+    status, out, _ = run(capfd, *arguments, *boxes)
     assert status == 0 and "people: AP" in out and "clips" in out
+    again = list(csv.reader((tmp_path / "again" / "detections.csv").open()))
+    places = [np.array([row[2:6] for row in some], float) for some in (again, rows)]
+    np.testing.assert_allclose(*places, atol=1 / 24)  # the same boxes, scored anew, clipped to fewer pixels
 
 
 def test_two_processes_equal_one(tmp_path, checkpoint):
@@ -150,10 +154,12 @@ def test_two_processes_equal_one(tmp_path, checkpoint):
         ([*FILES, "--baseline", AVA / "classes.json"], "is no evaluation.json"),
         ([*FILES, "--match-order", "best"], "--match-order"),
         (["--data", "nothing", "--model", "tiny"], "'nothing' is neither a file nor one of synthetic"),
+        (["--data", "synthetic", "--checkpoint", "CHECKPOINT", "--boxes", "none.csv"], "none.csv: No such file"),
         (["--data", "synthetic", "--model", "tiny"], "has 8 classes, the model 80"),
     ],
 )
-def test_rejects(tmp_path, capfd, arguments, message):
+def test_rejects(tmp_path, capfd, checkpoint, arguments, message):
+    arguments = [checkpoint if word == "CHECKPOINT" else word for word in arguments]
     status, out, err = run(capfd, *arguments, "--out", tmp_path)
     assert status == 2 and not out
     assert message in err and err.count("\n") == 1

@@ -11,10 +11,20 @@ import torch
 from evad import EVAD, EVADConfig, data
 from evad.ava import read_seconds
 from evad.detector import EVADOutput
-from evad.evaluation import STRICT, Boxes, average_precision, evaluate, evaluate_ava, read_boxes
+from evad.evaluation import (
+    STRICT,
+    Boxes,
+    average_precision,
+    collect,
+    evaluate,
+    evaluate_ava,
+    read_boxes,
+    read_people,
+    score,
+)
 from evad.evaluation.ava import EVALUATED
 from evad.evaluation.average_precision import iou
-from evad.evaluation.model import Found, score
+from evad.evaluation.model import Found
 
 AVA = Path(__file__).parent / "golden" / "ava_eval"
 EXPECTED = json.loads((AVA / "expected.json").read_text())
@@ -181,7 +191,7 @@ class Oracle(torch.nn.Module):
         self.targets = iter([dataset[index].target for index in range(len(dataset))])
         self.wrong = wrong
 
-    def forward(self, clips):
+    def forward(self, clips, boxes=None):
         B, n = len(clips), self.config.num_proposals
         person, box = torch.zeros(B, n, 2), torch.zeros(B, n, 4)
         person[..., 1] = 9
@@ -221,6 +231,32 @@ def test_scores_a_real_model():
     one, many = (evaluate(model, dataset, batch_size=size) for size in (1, 3))
     assert one.clips == many.clips == 3 and 0 <= one.selected_inside <= 1
     assert one.summary() == pytest.approx(many.summary(), abs=1e-3, nan_ok=True)
+
+
+def test_given_boxes_in_place_of_localisation(tmp_path):
+    """With the annotations as boxes a model of random weights finds everybody; a box is matched with its actions."""
+    dataset = data.Synthetic("val", clips=5, short_side=48)
+    rows = []
+    for index in (0, 1, 3, 4):  # nobody is given for clip 2
+        sample = dataset[index]
+        for number, box in enumerate((sample.target["boxes"] / 48).tolist()):
+            rows.append(",".join(map(str, (sample.key[0], 2, *box, "", 0.9 - 0.01 * number))))
+    (tmp_path / "boxes.csv").write_text("\n".join(rows))
+    torch.manual_seed(0)
+    model = EVAD(EVADConfig.tiny(num_classes=8, short_side=48))
+    people = read_people(tmp_path / "boxes.csv", 0.7)
+    results = collect(model, dataset, people=people, batch_size=3)
+    for index, found in enumerate(results):
+        truth = dataset[index].target["boxes"].numpy() / 48
+        np.testing.assert_allclose(found.boxes, truth[:0] if index == 2 else truth, atol=1e-6)
+        assert found.actions.shape == (len(found.boxes), 8)
+        assert np.isnan(found.truth_actions).any() == (index == 2)
+    metrics = score(results)
+    given = sum(len(found.boxes) for found in results)
+    assert metrics.person_ap == pytest.approx(given / sum(len(found.truth) for found in results))
+    annotations = "v,2,0.1,0.1,0.5,0.5,3,0\nv,2,0.1,0.1,0.5,0.5,4,0\nv,3,0.1,0.1,0.5,0.5,1,7\n"
+    (tmp_path / "annotations.csv").write_text(annotations)
+    assert [boxes.scores.tolist() for boxes in read_people(tmp_path / "annotations.csv").values()] == [[1], [1]]
 
 
 def test_action_ap_of_matched_boxes_by_hand():

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import ava
 from ..problems import POLICIES, Problems
 from . import CommandError
-from ._common import Built, add_model_arguments, build, number, ranks, say, writable_folder
+from ._common import Built, add_model_arguments, add_size_argument, build, number, ranks, say, writable_folder
 
 DESCRIPTION = """\
 Score detections against ground truth, class by class.
@@ -92,10 +92,17 @@ def add_parser(commands) -> None:
         "--data", metavar="NAME|FILE", help="a dataset that needs no options, or a YAML file with its options"
     )
     group.add_argument("--split", default="val", metavar="NAME", help="of the dataset [val]")
+    group.add_argument(
+        "--boxes",
+        type=Path,
+        metavar="CSV",
+        help="people that another detector found (or annotations) in AVA's format, in place of localisation",
+    )
     group.add_argument("--batch-size", type=number(int, 1), default=8, metavar="N", help="clips at a time [8]")
     group.add_argument("--workers", type=number(int, 0), default=2, metavar="N", help="processes that make clips [2]")
     group.add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N clips [all]")
     group.add_argument("--threshold", type=number(float, 0, 1), metavar="SCORE", help="least person score [0.7]")
+    add_size_argument(group)
     add_model_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -181,12 +188,14 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
 
     from .. import data
     from ..data.tubes import read_annotations
-    from ..evaluation import collect, score
+    from ..evaluation import collect, read_people, score
     from ..evaluation.model import detections as all_detections
     from ..evaluation.report import frame_document
     from ..evaluation.report import number as finite
 
     built = build(args)
+    if args.size is not None:
+        section = section | {"short_side": args.size}
     try:
         dataset = data.build(section, args.split, built.config)
     except (ValueError, TypeError) as error:
@@ -198,6 +207,8 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
         dataset = Subset(dataset, range(args.limit))
     if built.note and not rank:
         say(f"evad evaluate: {built.note}")
+    threshold = built.config.person_threshold if args.threshold is None else args.threshold
+    people = None if args.boxes is None else read_people(args.boxes, threshold, Problems(args.on_error))
     begin = time.perf_counter()
     with _progress(rank) as progress:
         results = collect(
@@ -205,7 +216,8 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
             dataset,
             batch_size=args.batch_size,
             workers=args.workers,
-            threshold=args.threshold,
+            threshold=threshold,
+            people=people,
             progress=progress,
         )
     seconds = time.perf_counter() - begin
@@ -219,6 +231,7 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
         "rule": RULES[args.match_order],
         "data": args.data,
         "split": args.split,
+        "boxes": None if args.boxes is None else str(args.boxes),
         "weights": built.weights,
         "model": built.summary(),
         "clips_per_second": round(len(results) / seconds, 3),

@@ -2,7 +2,7 @@
 
 from .ava import EVALUATED, AvaScores, evaluate_ava, read_boxes
 from .average_precision import STRICT, Boxes, average_precision
-from .model import Metrics, collect, evaluate, score
+from .model import Metrics, collect, evaluate, read_people, score
 from .tubes import JHMDB, UCF101_24, TubeScores, evaluate_tubes
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "evaluate_ava",
     "evaluate_tubes",
     "read_boxes",
+    "read_people",
     "score",
 ]

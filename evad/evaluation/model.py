@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +14,47 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..ava import read_rows
 from ..data.sample import Batch, collate
 from ..detector import EVAD, EVADOutput, select_detections
+from ..problems import Problems
 from .ava import AvaScores, evaluate_ava, mean
 from .average_precision import Boxes, area_under_curve, average_precision, iou
 
 MATCHED = 0.5  # IoU from which a proposal speaks for a ground-truth box
+
+
+class Given(NamedTuple):
+    """Boxes that another detector found in one keyframe."""
+
+    boxes: np.ndarray  # [n, 4] in parts of the picture
+    scores: np.ndarray  # [n]
+
+
+NOBODY = Given(np.zeros((0, 4)), np.zeros(0))
+People = Mapping[tuple[str, float], Given]  # video id and second -> boxes; a keyframe that is not in it has none
+
+
+def read_people(path: str | Path, least: float = 0.0, problems: Problems | None = None) -> dict:
+    """``People`` of a CSV in AVA's format: detections without actions, or annotations, whose boxes all score 1.
+
+    Args:
+        path: Lines of video_id, timestamp, x1, y1, x2, y2, an empty field or action_id, and score.
+        least: Score below which a box is left out.
+        problems: What to do about lines that cannot be read.
+    """
+    found: dict[tuple[str, float], dict[tuple[str, ...], float]] = {}
+    for row in read_rows(path, problems):
+        if row.place:
+            score = 1.0 if row.action else row.score  # of annotations the last field is a person's id
+            boxes = found.setdefault((row.video, row.second), {})
+            boxes[row.place] = max(score, boxes.get(row.place, 0.0))
+    people = {}
+    for key, boxes in found.items():
+        good = {place: score for place, score in boxes.items() if score >= least}
+        table = np.array([[float(value) for value in place] for place in good], np.float64).reshape(-1, 4)
+        people[key] = Given(table, np.array(list(good.values()), np.float64))
+    return people
 
 
 class Found(NamedTuple):
@@ -84,6 +120,7 @@ def collect(
     workers: int = 0,
     threshold: float | None = None,
     autocast: torch.dtype | None = None,
+    people: People | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Found]:
     """What a detector finds in every clip of a dataset, in order, on every rank.
@@ -93,12 +130,14 @@ def collect(
         workers: Processes that make clips; 0 makes them here.
         threshold: Least person score of a detection; None for the model's.
         autocast: Type to compute in; None for that of the weights.
+        people: Another detector's boxes in place of localisation (paper, section 4.2); None to localise.
         progress: Told how many clips of this rank are done, of how many.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     results = []
     share = range(rank, len(dataset), world)
-    for found in run(model, dataset, share, batch_size, workers=workers, threshold=threshold, autocast=autocast):
+    options = {"workers": workers, "threshold": threshold, "autocast": autocast, "people": people}
+    for found in run(model, dataset, share, batch_size, **options):
         results.append(found)
         progress(len(results), len(share))
     if world > 1:
@@ -117,6 +156,7 @@ def run(
     workers: int = 0,
     threshold: float | None = None,
     autocast: torch.dtype | None = None,
+    people: People | None = None,
 ) -> Iterator[Found]:
     """What the model finds in clips ``indices`` of a dataset, in their order; options as for ``collect``."""
     loader = DataLoader(Subset(dataset, indices), batch_size, num_workers=workers, collate_fn=collate)
@@ -127,15 +167,25 @@ def run(
     try:
         for batch in loader:
             clips = [clip.to(weight.device, weight.dtype, non_blocking=True) for clip in batch.clips]
+            given = None if people is None else [people.get(key, NOBODY) for key in batch.keys]
+            boxes = None if given is None else [_pixels(some, clip) for some, clip in zip(given, clips, strict=True)]
             with torch.inference_mode(), computing:
-                output = model(torch.stack(clips) if isinstance(batch.clips, Tensor) else clips)
-            for found in _found(model, batch, output, threshold):
+                output = model(torch.stack(clips) if isinstance(batch.clips, Tensor) else clips, boxes)
+            for found in _found(model, batch, output, threshold, given):
                 yield found._replace(index=next(rows))
     finally:
         model.train(training)
 
 
-def _found(model: EVAD, batch: Batch, output: EVADOutput, threshold: float) -> Iterator[Found]:
+def _pixels(given: Given, clip: Tensor) -> Tensor:
+    """Given boxes in pixels of a clip."""
+    height, width = clip.shape[-2:]
+    return torch.tensor(given.boxes * [width, height, width, height], dtype=torch.float32, device=clip.device)
+
+
+def _found(
+    model: EVAD, batch: Batch, output: EVADOutput, threshold: float, given: Sequence[Given] | None
+) -> Iterator[Found]:
     """What was found in each clip of a batch; ``index`` is its place in the batch."""
     output = EVADOutput(*(part.float().cpu() for part in output[:3]), tuple(kept.cpu() for kept in output.kept[-1:]))
     sizes = [tuple(clip.shape[-2:]) for clip in batch.clips]
@@ -145,22 +195,23 @@ def _found(model: EVAD, batch: Batch, output: EVADOutput, threshold: float) -> I
     grid = [-(-max(side) // divisor) * divisor // patch for side in zip(*sizes, strict=True)]
     for index, (size, target) in enumerate(zip(sizes, batch.targets, strict=True)):
         whwh = np.array((size[1], size[0]) * 2, np.float64)
-        one = EVADOutput(*(part[index : index + 1] for part in output[:3]), ())
+        count = output.boxes.shape[1] if given is None else len(given[index].boxes)  # the others are padding
+        one = EVADOutput(*(part[index : index + 1, :count] for part in output[:3]), ())
         boxes, scores, action_scores = (part.numpy() for part in select_detections(one, [size], threshold)[0])
-        proposals = output.boxes[index].numpy() / whwh
+        proposals = output.boxes[index, :count].numpy() / whwh
         truth = target["truth"].numpy() if "truth" in target else target["boxes"].numpy() / whwh
         kept = output.kept[-1][index].numpy() if output.kept else np.zeros(0, np.int64)
         yield Found(
             index,
             batch.keys[index],
             boxes / whwh,
-            scores,
+            scores if given is None else given[index].scores,
             action_scores,
             proposals,
-            persons[index],
+            persons[index] if given is None else given[index].scores,
             truth,
             target["labels"].numpy(),
-            _speaking(proposals, actions[index], truth),
+            _speaking(proposals, actions[index, :count], truth),
             _inside(truth * whwh, kept, grid, size, patch, model.config.keyframe),
         )
 
@@ -169,7 +220,9 @@ def _speaking(proposals: np.ndarray, actions: np.ndarray, truth: np.ndarray) -> 
     """Action scores of the proposal that overlaps each ground truth most, NaN where none does enough."""
     pairs = np.repeat(truth, len(proposals), 0), np.tile(proposals, (len(truth), 1))
     overlap = iou(*pairs).reshape(len(truth), len(proposals))
-    return np.where(overlap.max(1, initial=0)[:, None] >= MATCHED, actions[overlap.argmax(1)], np.nan)
+    if not overlap.size:
+        return np.full((len(truth), actions.shape[1]), np.nan)
+    return np.where(overlap.max(1)[:, None] >= MATCHED, actions[overlap.argmax(1)], np.nan)
 
 
 def _inside(truth, kept, grid, size, patch, keyframe) -> tuple[float, float, float]:
