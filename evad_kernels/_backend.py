@@ -27,8 +27,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "keyframe_attention": ("cpu",),
     "keyframe_attention_topk": ("cpu",),
-    "select_tokens": ("cpu", "cuda"),
-    "gather_tokens": ("cpu", "cuda"),
+    "select_tokens": ("cpu", "triton", "cuda"),
+    "gather_tokens": ("cpu", "triton", "cuda"),
     "scatter_tokens": ("cpu", "triton", "cuda"),
     "roi_align_3d": ("cpu",),
     "roi_pool_3d": ("cpu",),
@@ -37,7 +37,9 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
 
 # Written and compiled, but "auto" leaves them alone until their tests have passed on a GPU.
 BY_NAME_ONLY = {
+    ("select_tokens", "triton"),
     ("select_tokens", "cuda"),
+    ("gather_tokens", "triton"),
     ("gather_tokens", "cuda"),
     ("scatter_tokens", "cuda"),
     ("scatter_tokens", "triton"),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import blocks, launch
+from ._triton import blocks, launch, power_of_two
 
 CELLS = 1024
 BLOCK_K = 1024
@@ -36,7 +36,7 @@ def own_cells(position, stride_k, K, slot, first, end, CELLS: tl.constexpr, BLOC
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["K", "cells", "ranges"])
+@triton.jit(do_not_specialize=["stride_b", "K", "cells", "ranges"])
 def cell_map_kernel(
     position,  # [B, K] int64
     stride_b,
@@ -52,6 +52,12 @@ def cell_map_kernel(
     first = tl.program_id(0).to(tl.int64) % ranges * CELLS
     end = tl.minimum(first + CELLS, cells)
     own_cells(position + b * stride_b, stride_k, K, slot + b * cells, first, end, CELLS, BLOCK_K)
+
+
+def ownership(cells: int) -> tuple[int, int]:
+    """How many cells a program owns, and its warps: some 1,000 programs, for each reads all positions."""
+    own = min(max(power_of_two(cells // 1024), 16), 256)
+    return own, 4 if own <= 64 else 8
 
 
 def cell_map(position: Tensor, cells: int) -> Tensor:

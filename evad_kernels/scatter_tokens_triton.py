@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _cells
-from ._cells_triton import BLOCK_K, cell_map, own_cells
-from ._triton import Launch, bits, blocks, channels, launch, power_of_two, recorded, rounded
+from ._cells_triton import BLOCK_K, cell_map, own_cells, ownership
+from ._triton import Launch, bits, blocks, channels, launch, recorded, rounded
 from .scatter_tokens import _backward_fake, _forward_fake
 
 ROWS = 16  # tokens or cells of a program in the backward
@@ -27,7 +27,7 @@ RUN = 64  # rows in a partial sum of the fill's gradient
 BLOCK_SUM = 64  # channels of a program that sums
 
 
-@triton.jit(do_not_specialize=["K", "cells", "ranges"])
+@triton.jit(do_not_specialize=["position_stride_b", "K", "cells", "ranges"])
 def scatter_tokens_forward_kernel(
     tokens,  # [B, K, C]
     stride_b,
@@ -68,7 +68,7 @@ def scatter_tokens_forward_kernel(
         tl.store(dense + (b * cells + cell)[:, None] * C + c[None, :], row, mask=inside)
 
 
-@triton.jit(do_not_specialize=["K", "cells", "ranges"])
+@triton.jit(do_not_specialize=["position_stride_b", "K", "cells", "ranges"])
 def scatter_tokens_backward_kernel(
     grad_dense,  # [B, cells, C]
     position,  # [B, K] int64
@@ -161,7 +161,7 @@ def forward(tokens: Tensor, position: Tensor, fill: Tensor | None, cells: int) -
     dense = _forward_fake(tokens, position, fill, cells)
     tokens = bits(_cells.rows(tokens))
     fill_stride = C if fill is not None and fill.ndim == 2 else 0
-    own, num_warps = _own(B * cells)
+    own, num_warps = ownership(B * cells)
     ranges = blocks(cells, own)
     launch(
         scatter_tokens_forward_kernel,
@@ -251,12 +251,6 @@ def backward(grad_dense: Tensor, position: Tensor, fill_ndim: int) -> tuple[Tens
             BLOCK_C=BLOCK_SUM,
         )
     return grad_tokens, grad_fill
-
-
-def _own(cells: int) -> tuple[int, int]:
-    """How many cells a program owns, and its warps: some 1,000 programs, for each reads all positions."""
-    own = min(max(power_of_two(cells // 1024), 16), 256)
-    return own, 4 if own <= 64 else 8
 
 
 def shipped(architecture: int) -> Iterator[Launch]:

@@ -126,6 +126,7 @@ def _select_fake(importance, num_select):
 _select = register(
     "select_tokens(Tensor importance, SymInt num_select) -> Tensor",
     cpu=_select_native,
+    triton="token_selection_triton.select",
     cuda=_select_native,
     fake=_select_fake,
     differentiable=False,
@@ -204,12 +205,14 @@ def _backward(ctx, grad_kept):
 _gather_backward = register(
     "gather_tokens_backward(Tensor grad_kept, Tensor index, SymInt num_keyframe, SymInt N) -> Tensor",
     cpu=_gather_backward_native,
+    triton="token_selection_triton.gather_backward",
     cuda=_gather_backward_native,
     fake=_gather_backward_fake,
 )
 _gather = register(
     "gather_tokens(Tensor tokens, Tensor index, SymInt num_keyframe) -> Tensor",
     cpu=_gather_native,
+    triton="token_selection_triton.gather",
     cuda=_gather_native,
     fake=_gather_fake,
     backward=_backward,
@@ -218,6 +221,7 @@ _gather = register(
 _gather_integers = register(
     "gather_tokens_integers(Tensor tokens, Tensor index, SymInt num_keyframe) -> Tensor",
     cpu=_gather_native,
+    triton="token_selection_triton.gather",
     cuda=_gather_native,
     fake=_gather_fake,
     differentiable=False,

@@ -19,6 +19,7 @@ CASES = {
     "many rows": (9, 1000, 333),
     "paper 224": (8, 1372, 902),
     "long": (1, 5000, 1234),
+    "very long": (2, 20000, 15000),
 }
 
 
@@ -65,6 +66,20 @@ def test_select_strides(backend):
         assert torch.equal(select_tokens(strided, num_select), expected(importance, num_select)), name
     row = importance[:1].expand(3, -1)
     assert torch.equal(select_tokens(row, num_select), expected(row, num_select))
+
+
+def test_select_with_slots_inverts_index(backend):
+    if backend != "triton":
+        pytest.skip("the inverse map comes with Triton's selection only")
+    from evad_kernels.token_selection_triton import select_with_slots
+
+    for kind in ("attention", "ties", "special"):
+        for case in ("odd", "none", "all", "long"):
+            importance, num_select = importances(case, torch.float32, kind)
+            index, slot = select_with_slots(importance, num_select)
+            assert torch.equal(index, expected(importance, num_select))
+            place = torch.arange(num_select, dtype=torch.int32).expand_as(index)
+            assert torch.equal(slot, torch.full_like(slot, -1).scatter(1, index, place))
 
 
 def test_select_is_independent_of_threads(backend):
@@ -185,14 +200,14 @@ def test_gather_matches_rows(backend, case, dtype):
 @pytest.mark.parametrize("repeated", [False, True], ids=["unique", "repeated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GATHER_CASES)
-def test_gather_gradient(case, dtype, repeated):
+def test_gather_gradient(backend, case, dtype, repeated):
     tokens, index, num_keyframe = make(case, dtype, repeated)
 
     def run(tokens):
         return gather_tokens(tokens, index, num_keyframe=num_keyframe)
 
     _, actual = gradients(run, [tokens])
-    assert torch.equal(actual[0], gradients(run, [tokens])[1][0])
+    assert torch.equal(actual[0], gradients(run, [tokens])[1][0])  # the same bits again
     with use_backend("reference"):
         _, reference = gradients(run, [tokens])
         _, truth = gradients(run, [tokens.double()])
@@ -274,6 +289,14 @@ def test_gather_edges(backend, shape):
 
 @pytest.mark.parametrize("bad", [-1, 4, 2**31, -(2**63), 2**63 - 1])
 def test_gather_rejects_index_outside(backend, bad):
+    if backend in ("triton", "cuda"):  # a GPU cannot say so without a sync: such a row is zeros
+        tokens = torch.ones(1, 6, 3, requires_grad=True)
+        kept = gather_tokens(tokens, torch.tensor([[0, bad]]), num_keyframe=2)
+        assert kept[..., 0].tolist() == [[1, 1, 1, 0]]
+        (grad,) = torch.autograd.grad(kept.sum(), tokens)
+        assert grad[..., 0].tolist() == [[1, 1, 1, 0, 0, 0]]
+        assert not gather_tokens(torch.ones(1, 2, 3), torch.tensor([[0]]), num_keyframe=2)[:, 2].any()
+        return
     with pytest.raises(ValueError, match=r"gather_tokens: index must be in \[0, 4\), got"):
         gather_tokens(torch.ones(1, 6, 3), torch.tensor([[0, bad]]), num_keyframe=2)
     with pytest.raises(ValueError, match=r"gather_tokens: index must be in \[0, 0\), got 0"):
