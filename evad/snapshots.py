@@ -26,6 +26,7 @@ from .checkpoint import write_weights
 from .config import EVADConfig
 
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "state.pt", "sha256.json"
+FULL = 1 << 20  # bytes; a disk with less is full
 _NAME = "step_????????*"
 
 
@@ -64,8 +65,8 @@ def write_snapshot(
         draft.rename(path)
         _flush(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(draft, ignore_errors=True)
         reason = _reason(error, folder)
+        shutil.rmtree(draft, ignore_errors=True)
         raise TrainingError(
             f"the checkpoint of step {step} cannot be written: {reason}; {last_good(folder)}"
         ) from error
@@ -135,7 +136,9 @@ def _delete(path: Path) -> None:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """Why a write failed; safetensors and torch wrap the system's words in their own."""
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "code: 28" in str(error):
+    """Why a write failed, asked while what there is of it still takes up space: torch does not pass on what the system
+    said."""
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    if full or shutil.disk_usage(folder).free < FULL:
         return f"the disk of {folder} is full"
-    return " ".join(str(error).split()).partition(" Exception raised from")[0] or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

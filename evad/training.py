@@ -40,7 +40,7 @@ from .detector import EVAD
 from .evaluation import EVALUATED, collect, score
 from .losses import Counts, count
 from .recipe import Run, learning_rate, parameter_groups
-from .snapshots import TrainingError, last_good, read_snapshot, write_snapshot
+from .snapshots import TrainingError, last_good, read_snapshot, snapshots, write_snapshot
 
 Evaluate = Callable[[EVAD], dict[str, float]]
 
@@ -148,7 +148,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.manual_seed(self.training.seed)
         self.model = EVAD(self.config).train()
-        if self.training.weights:
+        if self.training.weights and not snapshots(self.snapshots):
             load_checkpoint(self.model, self.training.weights)
         self.model.set_recomputation(self.training.recompute)
         self.losses = self._distribute()

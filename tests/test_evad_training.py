@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -448,7 +449,8 @@ SHARDINGS = ("ddp", "fsdp")
 
 
 def divide(folder):
-    """Train alone, then, for each of SHARDINGS, in two processes that share every batch; all in float64."""
+    """Train alone and, for each of SHARDINGS, in two processes that share every batch; then go on alone with all. All
+    in float64."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     folder, model = Path(folder), {"drop_path": 0.0}
@@ -465,6 +467,9 @@ def divide(folder):
             os._exit(0)
     fit(folder / "alone", micro_run(model, epochs=1))
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    for name in ("alone", *SHARDINGS):
+        shutil.copytree(folder / name, folder / f"{name}, then alone")
+        assert fit(folder / f"{name}, then alone", micro_run(model, checkpoint_every=2)).started_at == 3
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -476,6 +481,8 @@ def test_two_processes_equal_one(tmp_path):
     for sharding in SHARDINGS:
         # float64: all that differs is the order of sums; Adam divides by its epsilon of 1e-8 at worst.
         assert_close(read_snapshot(tmp_path / sharding / "checkpoints").weights, alone, atol=1e-8, rtol=0)
+        longer = (tmp_path / f"{name}, then alone" / "checkpoints" for name in (sharding, "alone"))
+        assert_close(*(read_snapshot(path).weights for path in longer), atol=1e-8, rtol=0)
         rows = [line.split(",")[:-1] for line in (tmp_path / sharding / "log.csv").read_text().splitlines()[1:]]
         assert_close(
             *(torch.tensor([[float(x) for x in row] for row in table]) for table in (rows, log)), atol=0, rtol=1e-6

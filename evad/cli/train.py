@@ -83,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
             return 1
         if first:
             _report(args, result, folder, time.perf_counter() - begin)
+            if skipped := getattr(getattr(clips, "problems", None), "count", 0):
+                say(f"{skipped} times something of the data could not be used and was skipped")
     return 130 if result.interrupted else 0
 
 
@@ -100,6 +102,11 @@ def _spoken_warnings(rank: int) -> Iterator[None]:
     """Warnings become lines for people; those of rank 0, for the others' are the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if rank else "default", UserWarning)
+        for torchs in (
+            "`broadcast_buffers` is deprecated",
+            "FSDP2-wrapped module .* returned a view",
+        ):  # nobody changes it
+            warnings.filterwarnings("ignore", torchs)
         warnings.showwarning = lambda message, *_, **__: say(f"evad train: {message}")
         yield
 
