@@ -185,22 +185,24 @@ class EVAD(nn.Module):
 
     def batch(self, clips: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Padded clips [B, 3, T, H, W] and each clip's own width, height, width, height [B, 4]."""
-        if isinstance(clips, Tensor) and clips.ndim != 5:
+        whole = isinstance(clips, Tensor)  # then any number of clips is one graph for an exporter
+        if whole and clips.ndim != 5:
             raise ValueError(f"EVAD: clips must be [B, 3, T, H, W], got {list(clips.shape)}")
-        if len(clips) == 0:
+        if (clips.shape[0] if whole else len(clips)) == 0:
             raise ValueError("EVAD: clips must be at least one clip, got none")
-        for clip in clips:
+        for clip in clips[:1] if whole else clips:
             self._check(clip)
-        sizes = [clip.shape[-2:] for clip in clips]
+        sizes = [clips.shape[-2:]] if whole else [clip.shape[-2:] for clip in clips]
         height, width = (_round_up(max(side), self.config.size_divisor) for side in zip(*sizes, strict=True))
-        if isinstance(clips, Tensor):
+        if whole:
             padded = F.pad(clips, (0, width - clips.shape[4], 0, height - clips.shape[3]))
         else:
             padded = torch.stack([F.pad(clip, (0, width - clip.shape[3], 0, height - clip.shape[2])) for clip in clips])
         # Filled on the device, so that a CUDA graph can hold it.
         dtype = torch.promote_types(self.localization.proposal_boxes.dtype, torch.float32)
         whwh = [torch.full((1, 1), side, dtype=dtype, device=padded.device) for h, w in sizes for side in (w, h)]
-        return padded.to(self.encoder.patch_embed.weight.dtype), torch.cat(whwh).view(-1, 2).repeat(1, 2)
+        whwh = torch.cat(whwh).view(-1, 2).repeat(1, 2).expand(padded.shape[0], 4)
+        return padded.to(self.encoder.patch_embed.weight.dtype), whwh
 
     def _check(self, clip: Tensor) -> None:
         if not isinstance(clip, Tensor):

@@ -19,6 +19,7 @@ EVAD: finds people in video and tells what they do, with a transformer that drop
   evad evaluate                 mAP of detections in files, or of a model on a dataset
   evad visualize party.mp4      which tokens each pruning layer keeps, as a picture
   evad profile                  operations, parameters, tokens, time and memory of a model
+  evad export model.onnx        a model for other runtimes: ONNX or torch.export
 """
 
 
@@ -33,11 +34,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from . import demo, detect, evaluate, profile, train, visualize
+    from . import demo, detect, evaluate, export, profile, train, visualize
 
     parser = _Parser(prog=PROGRAM, description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    for command in (demo, detect, train, evaluate, visualize, profile):
+    for command in (demo, detect, train, evaluate, visualize, profile, export):
         command.add_parser(commands)
     return parser
 

@@ -1,0 +1,76 @@
+"""Exported inference runs elsewhere, with the same results: another process without this package, and onnxruntime."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from evad import EVAD, EVADConfig
+from evad.cli import main
+from evad.export import export_onnx, export_program, output_names
+
+SIZE = (48, 72)
+
+
+def build(keep_rate, **fields):
+    torch.manual_seed(0)
+    config = EVADConfig.tiny(keep_rate=keep_rate)
+    return EVAD(dataclasses.replace(config, num_stages=1, decoder_depth=1, **fields)).eval()
+
+
+def expected(model, clips):
+    with torch.no_grad():
+        person_logits, boxes, action_logits, kept = model(clips)
+    return dict(zip(output_names(model), (person_logits, boxes, action_logits, *kept), strict=True))
+
+
+def assert_same(actual, want):
+    for (name, expectation), result in zip(want.items(), actual, strict=True):
+        result = torch.as_tensor(result)
+        assert result.shape == expectation.shape and result.dtype == expectation.dtype, name
+        if name.startswith("kept"):
+            assert torch.equal(result, expectation), name
+        else:
+            torch.testing.assert_close(result, expectation, rtol=1e-4, atol=5e-3 if name == "boxes" else 1e-4, msg=name)
+
+
+def test_program_runs_in_a_process_without_this_package(tmp_path):
+    model = build(0.7, depth=4, pruning_blocks=(1, 2), pyramid_blocks=(0, 1, 2, 3))
+    torch.export.save(export_program(model.train(), SIZE), tmp_path / "evad.pt2")
+    assert model.training
+    clips = torch.randn(3, 3, 16, *SIZE)  # traced with 2
+    torch.save(clips, tmp_path / "clips.pt")
+    code = (
+        "import sys, torch\n"
+        "program = torch.export.load('evad.pt2').module()\n"
+        "torch.save(program(torch.load('clips.pt')), 'outputs.pt')\n"
+        "assert 'evad' not in sys.modules and 'evad_kernels' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert_same(torch.load(tmp_path / "outputs.pt"), expected(model.eval(), clips))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_rate", [1.0, 0.6])
+def test_onnx_gives_the_same_boxes_and_scores(tmp_path, keep_rate):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model = build(keep_rate)
+    export_onnx(model, tmp_path / "evad.onnx", SIZE)
+    session = onnxruntime.InferenceSession(tmp_path / "evad.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == output_names(model)
+    for B in (1, 2):
+        clips = torch.randn(B, 3, 16, *SIZE)
+        outputs = session.run(None, {"clips": clips.numpy()})
+        assert all(isinstance(output, np.ndarray) for output in outputs)
+        assert_same(outputs, expected(model, clips))
+
+
+def test_command_rejects_bad_input(tmp_path, capsys):
+    assert main(["export", str(tmp_path / "model.bin")]) == 2
+    assert "FILE must end in .onnx or .pt2" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none" / "model.onnx")]) == 2
+    assert "no such folder" in capsys.readouterr().err
