@@ -66,6 +66,14 @@ def gradients(function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequen
     return outputs, torch.autograd.grad(differentiable, wanted, grad_outputs, materialize_grads=True)
 
 
+def on_default_device(value: object) -> object:
+    """A CPU tensor on the default device, expanded dimensions still expanded; anything else as it is."""
+    if not isinstance(value, Tensor) or value.device.type != "cpu":
+        return value
+    memory = value[tuple(slice(1) if stride == 0 else slice(None) for stride in value.stride())]
+    return memory.to(torch.get_default_device()).expand(value.shape)
+
+
 def layouts(tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
     """The same values in other memory layouts, named: contiguous, every dimension strided, last two transposed."""
     yield "contiguous", tensor.contiguous()

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 import evad_kernels
 from evad_kernels import scatter_tokens, use_backend
-from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
+from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts, on_default_device
 
 # name: (B, K, C, grid)
 CASES = {
@@ -18,6 +18,13 @@ CASES = {
 
 
 def make(case, dtype=torch.float32, fill=None, seed=0):
+    """The same on every device."""
+    with torch.device("cpu"):
+        tokens, position, grid, fill = drawn(case, dtype, fill, seed)
+    return on_default_device(tokens), on_default_device(position), grid, on_default_device(fill)
+
+
+def drawn(case, dtype, fill, seed):
     B, K, C, grid = CASES[case]
     generator = torch.Generator().manual_seed(seed)
     cells = grid[0] * grid[1] * grid[2]
@@ -164,7 +171,7 @@ def test_rejects_position_outside(backend, bad):
 )
 def test_rejects_bad_input(backend, change, error, message):
     arguments = {"tokens": torch.ones(2, 5, 3), "position": torch.arange(5).expand(2, 5), "grid": (1, 2, 3)}
-    arguments.update(change)
+    arguments.update((name, on_default_device(value)) for name, value in change.items())
     with pytest.raises(error, match=f"scatter_tokens: {message}"):
         scatter_tokens(**arguments)
 

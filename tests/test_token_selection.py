@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evad_kernels import gather_tokens, select_tokens, use_backend
-from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
+from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts, on_default_device
 
 NAN, INF = math.nan, math.inf
 
@@ -25,7 +25,13 @@ CASES = {
 
 def importances(case, dtype, kind):
     """Scores as attention gives them, with many ties, or with every special value."""
-    B, M, num_select = CASES[case]
+    with torch.device("cpu"):  # the same on every device
+        values = drawn_importances(case, kind)
+    return on_default_device(values.to(dtype)), CASES[case][2]
+
+
+def drawn_importances(case, kind):
+    B, M, _ = CASES[case]
     generator = torch.Generator().manual_seed(0)
     if kind == "attention":
         values = torch.randn(B, M, generator=generator, dtype=torch.float64).mul(0.3).softmax(1)
@@ -34,7 +40,7 @@ def importances(case, dtype, kind):
     else:
         special = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-310, -1e-310, 1.0, -1.0], dtype=torch.float64)
         values = special[torch.randint(0, len(special), (B, M), generator=generator)]
-    return values.to(dtype), num_select
+    return values
 
 
 def expected(importance, num_select):
@@ -138,7 +144,7 @@ def test_select_edges(backend, shape):
 )
 def test_select_rejects_bad_input(backend, importance, num_select, error, message):
     with pytest.raises(error, match=f"select_tokens: {message}"):
-        select_tokens(importance, num_select)
+        select_tokens(on_default_device(importance), num_select)
 
 
 @settings(max_examples=150, deadline=None)
@@ -167,6 +173,13 @@ GATHER_CASES = {
 
 
 def make(case, dtype=torch.float32, repeated=False):
+    """The same on every device."""
+    with torch.device("cpu"):
+        tokens, index, num_keyframe = drawn(case, dtype, repeated)
+    return on_default_device(tokens), on_default_device(index), num_keyframe
+
+
+def drawn(case, dtype, repeated):
     B, N, C, num_keyframe, num_select = GATHER_CASES[case]
     generator = torch.Generator().manual_seed(0)
     shape = (B, N) if C is None else (B, N, C)
@@ -271,7 +284,7 @@ def test_gather_second_backward_raises():
 
 def test_gather_keeps_autocast_and_inference_mode_out(backend):
     tokens, index, num_keyframe = make("odd")
-    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+    with torch.autocast(tokens.device.type, torch.bfloat16), torch.inference_mode():
         kept = gather_tokens(tokens, index, num_keyframe=num_keyframe)
     assert torch.equal(kept, kept_rows(tokens, index, num_keyframe))
 
@@ -329,7 +342,7 @@ def test_gather_rejects_index_outside(backend, bad):
 )
 def test_gather_rejects_bad_input(backend, change, error, message):
     arguments = {"tokens": torch.ones(2, 5, 3), "index": torch.zeros(2, 4, dtype=torch.int64), "num_keyframe": 1}
-    arguments.update(change)
+    arguments.update((name, on_default_device(value)) for name, value in change.items())
     with pytest.raises(error, match=f"gather_tokens: {message}"):
         gather_tokens(**arguments)
 
