@@ -1,0 +1,160 @@
+"""What only a GPU can show of its backends: selection in many random cases, the same bits in every run, on any stream
+and in a graph's replay, memory that grows with the number of tokens.
+"""
+
+import gpu_cases
+import pytest
+import torch
+
+from evad_kernels import _backend, keyframe_attention_topk, select_tokens, use_backend
+from evad_kernels.token_selection import select_tokens_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def kernels(request):
+    """Runs a test on a backend of the GPU."""
+    of_test = "keyframe_attention_topk" if "attention" in request.node.name else "select_tokens"
+    op = request.node.callspec.params.get("op", of_test)
+    if (reason := _backend.unavailable(op, request.param)) is not None:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with use_backend(request.param):
+        yield request.param
+
+
+every_op = pytest.mark.parametrize("op", _backend.IMPLEMENTED)
+
+
+def same(these, those):
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+@every_op
+def test_same_bits_in_100_runs(kernels, op):
+    case = gpu_cases.cases()[op]
+    tensors = gpu_cases.on("cuda", case)
+    first = gpu_cases.step(case, tensors)
+    for run in range(99):
+        assert same(gpu_cases.step(case, tensors), first), run
+
+
+@every_op
+def test_second_stream(kernels, op):
+    case = gpu_cases.cases()[op]
+    tensors = gpu_cases.on("cuda", case)
+    want = gpu_cases.step(case, tensors)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # kernels of another stream would overtake what follows
+        late = [(x.detach() * 1).requires_grad_(x.requires_grad) for x in tensors]
+        got = gpu_cases.step(case, late)
+    stream.synchronize()
+    assert same(got, want)
+
+
+@every_op
+def test_graph_replay(kernels, op):
+    case, other = gpu_cases.cases(seed=0)[op], gpu_cases.cases(seed=1)[op]
+    tensors = gpu_cases.on("cuda", case)
+    grads = gpu_cases.grad_outputs(case.run(*tensors))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            gpu_cases.step(case, tensors, grads)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gpu_cases.step(case, tensors, grads)
+    for values in (other, case):
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values.tensors, strict=True):
+                tensor.copy_(value)
+        graph.replay()
+        assert same(captured, gpu_cases.step(case, tensors, grads))
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_hostile_inputs_give_what_the_reference_gives(kernels, op, dtype):
+    case = gpu_cases.hostile(dtype)[op]
+    tensors = gpu_cases.on("cuda", case)
+    got = gpu_cases.step(case, tensors)
+    with use_backend("reference"):
+        want = gpu_cases.step(case, tensors)
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]  # seldom bound by rounding
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize(("N", "runs"), [(1568, 334), (2592, 333), (4608, 333)])
+def test_attention_selects_exactly(kernels, N, runs):
+    """No token is kept in the place of one that float64 finds more important by 1e-6 or more."""
+    num_keyframe, num_select = N // 8, int(0.7 * N) - N // 8
+    dtypes, spreads = (torch.bfloat16, torch.float16, torch.float32), (1.0, 0.01, 4.0, 0.1)  # 0.01: flat attention
+    weight = torch.ones(N, dtype=torch.float64, device="cuda")
+    weight[:num_keyframe] = 4.0
+    wrong = []
+    for run in range(runs):
+        dtype, spread = dtypes[run % 3], spreads[run // 3 % 4]
+        generator = torch.Generator("cuda").manual_seed(run)
+        query, key, value = torch.randn(3, 1, 4, N, 64, generator=generator, device="cuda").to(dtype)
+        query = query * spread
+        got = keyframe_attention_topk(
+            query, key, value, num_keyframe=num_keyframe, num_select=num_select, keyframe_weight=4.0
+        )
+        truth = torch.zeros(N, dtype=torch.float64, device="cuda")
+        for q, k in zip(query[0].double(), key[0].double(), strict=True):
+            truth += weight @ (q @ k.T / 8).softmax(1)
+        truth = truth[num_keyframe:]
+        kept = torch.zeros_like(truth, dtype=torch.bool).index_fill(0, got.index[0], True)
+        wrong.append(torch.stack([truth[~kept].max() / truth[kept].min(), (kept.sum() != num_select).double()]))
+    excess, miscounted = torch.stack(wrong).max(0).values.tolist()
+    assert excess <= 1 + 1e-6 and not miscounted, (excess, miscounted)
+
+
+@pytest.mark.parametrize("N", [1568, 2592, 4608])
+def test_select_in_1000_random_cases(kernels, N):
+    for run in range(1000):
+        generator = torch.Generator("cuda").manual_seed(run)
+        importance = torch.randn(2, N, generator=generator, device="cuda")
+        if run % 3 == 1:
+            importance = importance.round()  # ties
+        elif run % 3 == 2:
+            importance = 1 + importance * 1e-6  # flat
+        num_select = (run * 7919) % (N + 1)
+        assert torch.equal(select_tokens(importance, num_select), select_tokens_reference(importance, num_select)), run
+
+
+def extra(case, tensors):
+    """Bytes at the peak of a step beside inputs, outputs and gradients."""
+    result = gpu_cases.step(case, tensors)
+    del result
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = gpu_cases.step(case, tensors)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return peak - sum(x.numel() * x.element_size() for x in result)
+
+
+@every_op
+def test_extra_memory_is_linear(kernels, op):
+    used = []
+    for N in (2240, 4480):
+        case = gpu_cases.cases(B=1, N=N)[op]
+        used.append(extra(case, gpu_cases.on("cuda", case)))
+    assert used[1] <= 2.2 * used[0] + 2**20, used
+
+
+def test_attention_forward_needs_2_per_cent_of_the_map(kernels):
+    case = gpu_cases.cases(B=8, N=4480)["keyframe_attention_topk"]
+    with torch.no_grad():
+        used = extra(case, [x.cuda() for x in case.tensors])
+    assert used <= 0.02 * (8 * 12 * 4480**2 * 2), used
