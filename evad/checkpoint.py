@@ -7,12 +7,13 @@ lacks and what it has beyond the model is reported, and a tensor of another shap
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,17 +43,21 @@ class LoadReport(NamedTuple):
         return "; ".join(lines)
 
 
-def save_checkpoint(model: EVAD, path: str | Path) -> None:
-    """Write weights and configuration to a safetensors file, which ``load_checkpoint`` and ``read_config`` read."""
-    write_weights(model.state_dict(), model.config, path)
+def save_checkpoint(model: EVAD, path: str | Path, labels: Sequence[str] = ()) -> None:
+    """Write weights, configuration and, if given, the names of the classes to a safetensors file, for
+    ``load_checkpoint``, ``read_config`` and ``read_labels``."""
+    write_weights(model.state_dict(), model.config, path, labels)
 
 
-def write_weights(weights: Mapping[str, Tensor], config: EVADConfig, path: str | Path) -> None:
+def write_weights(
+    weights: Mapping[str, Tensor], config: EVADConfig, path: str | Path, labels: Sequence[str] = ()
+) -> None:
     """``save_checkpoint`` of a state dictionary."""
     from safetensors.torch import save_file
 
     weights = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-    save_file(weights, path, metadata={"evad_config": json.dumps(dataclasses.asdict(config))})
+    about = {"config": dataclasses.asdict(config), "labels": list(labels)}
+    save_file(weights, path, metadata={"evad": json.dumps(about)})  # one entry: safetensors shuffles several
 
 
 def read_config(path: str | Path) -> EVADConfig:
@@ -61,16 +66,19 @@ def read_config(path: str | Path) -> EVADConfig:
     Raises:
         CheckpointError: the file cannot be read or carries no configuration.
     """
-    path = Path(path)
-    if not _is_safetensors(path):
-        raise CheckpointError(f"{path} carries no EVAD configuration: it is not a file of save_checkpoint")
-    _, metadata = _read_safetensors(path)
-    if "evad_config" not in metadata:
+    about = _about(Path(path))
+    if about is None:
         raise CheckpointError(f"{path} carries no EVAD configuration: it is not a file of save_checkpoint")
     try:
-        return EVADConfig(**json.loads(metadata["evad_config"]))
-    except (TypeError, ValueError) as error:
+        return EVADConfig(**about["config"])
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} carries a configuration of another version: {error}") from error
+
+
+def read_labels(path: str | Path) -> tuple[str, ...]:
+    """The names of the classes that a file of ``save_checkpoint`` carries; empty where it carries none."""
+    about = _about(Path(path))
+    return () if about is None else tuple(about["labels"])
 
 
 @torch.no_grad()
@@ -225,7 +233,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if _is_safetensors(path):
-        return _read_safetensors(path)[0]
+        return _read_safetensors(path)
     # VideoMAE's files hold their command line's argparse.Namespace, plain data.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
@@ -270,13 +278,27 @@ def _is_safetensors(path: Path) -> bool:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata."""
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with _open_safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _about(path: Path) -> dict | None:
+    """What a file of save_checkpoint says of itself; None of another file."""
+    if not _is_safetensors(path):
+        return None
+    with _open_safetensors(path) as file:
+        text = (file.metadata() or {}).get("evad")
+    return None if text is None else json.loads(text)
+
+
+@contextlib.contextmanager
+def _open_safetensors(path: Path) -> Iterator:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a safetensors file, or is truncated: {error}") from error
 

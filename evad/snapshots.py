@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,14 @@ class Snapshot(NamedTuple):
 
 
 def write_snapshot(
-    folder: Path, step: int, weights: Mapping[str, Tensor], config: EVADConfig, state: dict, *, keep: int
+    folder: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    config: EVADConfig,
+    labels: Sequence[str],
+    state: dict,
+    *,
+    keep: int,
 ) -> Path:
     """Write a snapshot, then delete all but the ``keep`` newest.
 
@@ -55,7 +62,7 @@ def write_snapshot(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        write_weights(weights, config, draft / WEIGHTS)
+        write_weights(weights, config, draft / WEIGHTS, labels)
         torch.save(state, draft / STATE)
         checksums = {name: _checksum(draft / name) for name in (WEIGHTS, STATE)}
         (draft / CHECKSUMS).write_text(json.dumps(checksums))

@@ -129,7 +129,7 @@ class Trainer:
         evaluate: Evaluate | None = None,
     ) -> None:
         self.run, self.config, self.training = run, run.config, run.training
-        self.dataset, self.evaluate = dataset, evaluate
+        self.dataset, self.evaluate, self.labels = dataset, evaluate, tuple(dataset.labels)
         self.folder, self.device = Path(folder), torch.device(device)
         self.snapshots = self.folder / "checkpoints"
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -193,7 +193,7 @@ class Trainer:
         weights, _ = self._state()
         if self.rank == 0:
             draft = path.with_name(f".{path.name}.draft")
-            write_weights(weights, self.config, draft)
+            write_weights(weights, self.config, draft, self.labels)
             draft.replace(path)
             self.log.close()
         return Result(self.step, self.started_at, False, self.losses_now, self.metrics, path)
@@ -366,7 +366,7 @@ class Trainer:
             "optimizer": optimizer,
         }
         keep = self.training.keep_checkpoints
-        write_snapshot(self.snapshots, self.step, weights, self.config, state, keep=keep)
+        write_snapshot(self.snapshots, self.step, weights, self.config, self.labels, state, keep=keep)
 
     def _resume(self) -> int:
         """Take over the newest good checkpoint, if there is one; returns the step it was written after."""

@@ -311,7 +311,7 @@ def test_rejects_files_without_configuration(tmp_path):
 
     torch.save({}, tmp_path / "evad.pth")
     save_file({"x": torch.zeros(1)}, tmp_path / "plain.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "newer.safetensors", metadata={"evad_config": '{"colour": 3}'})
+    save_file({"x": torch.zeros(1)}, tmp_path / "newer.safetensors", metadata={"evad": '{"config": {"colour": 3}}'})
     for name, message in {
         "evad.pth": "no EVAD conf",
         "plain.safetensors": "no EVAD conf",

@@ -17,13 +17,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from evad import EVAD, EVADConfig, load_checkpoint
+from evad import EVAD, EVADConfig, load_checkpoint, read_config
+from evad.checkpoint import read_labels
 from evad.cli import main
 from evad.data import DATASETS, Sample
+from evad.data.actors import ACTIONS
 from evad.recipe import Training, configurations, learning_rate, parameter_groups, read_run
 from evad.snapshots import TrainingError, read_snapshot, snapshots
 from evad.training import Trainer
 
+BIKES = Path(__file__).parent / "media" / "bikes.mp4"
 MICRO = {
     "num_frames": 8,
     "depth": 4,
@@ -34,6 +37,11 @@ MICRO = {
     "decoder_depth": 1,
     "num_classes": 3,
     "drop_path": 0.2,
+    "width": 48,
+    "query_width": 24,
+    "query_mlp_width": 24,
+    "decoder_width": 32,
+    "action_width": 32,
 }
 TRAINING = {
     "epochs": 2,
@@ -209,6 +217,7 @@ def test_writes_logs_and_weights(tmp_path):
     assert (tmp_path / "evaluation.csv").read_text() == "step,epochs,score\n3,1,0.5\n6,2,0.75\n"
     assert [path.name for path in snapshots(tmp_path / "checkpoints")] == ["step_00000005", "step_00000006"]
     model = EVAD(run.config)
+    assert read_config(result.weights) == run.config and read_labels(result.weights) == Clips.labels
     assert not load_checkpoint(model, result.weights).missing
     assert_close(dict(model.named_parameters()), read_snapshot(tmp_path / "checkpoints").weights, atol=0, rtol=0)
 
@@ -434,7 +443,7 @@ def test_write_that_fails_half_way(tmp_path):
             TrainingError, match=r"checkpoint of step 2 cannot be written: .*; the last good .*00000001"
         ):
             trainer.fit(
-                lambda now: now.step == 2 and resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1])),
+                lambda now: now.step == 2 and resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, before[1])),
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -508,10 +517,13 @@ def test_command_trains_and_goes_on(tmp_path, capfd):
     document = json.loads(out)
     assert document["steps"] == 2 and document["started_at"] == 0 and "mAP@0.5" in document["metrics"]
     assert "step 2/2, epoch 1, loss " in err
-    assert len((tmp_path / "labels.txt").read_text().splitlines()) == 8
     assert main(command) == 0
     out, err = capfd.readouterr()
     assert out.strip() == str(tmp_path / "model.safetensors") and "goes on after step 2" in err
+    folder = tmp_path / "found"
+    weights = str(tmp_path / "model.safetensors")
+    assert main(["detect", str(BIKES), "--checkpoint", weights, "--out", str(folder), "--end", "0.5", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["labels"] == list(ACTIONS)
     again = [
         "train",
         "--config",

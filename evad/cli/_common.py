@@ -189,9 +189,15 @@ def _load(model, path: Path, name: str) -> tuple[str, str]:
     return "partial", f"{lacking}: those stay random, so boxes, labels and scores mean little"
 
 
-def read_labels(path: Path | None, num_classes: int) -> tuple[str, ...]:
-    """Names of the model's classes: the file's, else AVA's where the number fits."""
+def read_labels(path: Path | None, num_classes: int, checkpoint: Path | None = None) -> tuple[str, ...]:
+    """Names of the model's classes: the file's, else the checkpoint's, else AVA's where the number fits."""
     if path is None:
+        from ..checkpoint import CheckpointError
+        from ..checkpoint import read_labels as carried_by
+
+        with contextlib.suppress(CheckpointError, OSError):  # a file that cannot be read is refused when it is loaded
+            if checkpoint is not None and len(labels := carried_by(checkpoint)) == num_classes:
+                return labels
         if num_classes == len(ava.ACTIONS):
             return ava.ACTIONS
         return tuple(f"class {number}" for number in range(1, num_classes + 1))

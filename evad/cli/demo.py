@@ -46,7 +46,7 @@ def add_parser(commands) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = writable_folder(args.out)
     built = build(args)
-    labels = read_labels(None, built.config.num_classes)
+    labels = read_labels(None, built.config.num_classes, args.checkpoint)
     path = folder / "demo.mp4"
     scene = random_scene(np.random.default_rng(SEED))
     frames = _render(scene, path)

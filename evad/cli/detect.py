@@ -92,7 +92,7 @@ def add_parser(commands) -> None:
         "--labels",
         type=Path,
         metavar="FILE",
-        help="names of the classes: one a line, a JSON list, or a label map (.pbtxt) [AVA's 80 actions]",
+        help="names of the classes: one a line, a JSON list, or a label map (.pbtxt) [the --checkpoint's, or AVA's]",
     )
     add_model_arguments(parser)
     parser.set_defaults(run=run)
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             _check_span(video, args.start, args.end)
     config, _ = configuration(args)
     placement(args)
-    labels = read_labels(args.labels, config.num_classes)
+    labels = read_labels(args.labels, config.num_classes, args.checkpoint)
     folder = writable_folder(args.out)
     with ranks() as (rank, world):
         built = build(args)

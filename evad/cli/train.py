@@ -20,7 +20,7 @@ from ._common import Stopper, placement, ranks, say, writable_folder
 DESCRIPTION = """\
 Train a detector. Without --config: a tiny one on synthetic clips rendered on the fly, nothing to download.
 
-The --out folder receives checkpoints, log.csv, evaluation.csv, config.yaml, labels.txt and, at the end,
+The --out folder receives checkpoints, log.csv, evaluation.csv, config.yaml and, at the end,
 model.safetensors for evad detect --checkpoint. Started again with the same --out, a run goes on where it was, however
 it ended. On several GPUs: torchrun --nproc-per-node 8 -m evad train ...
 """
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         except (ValueError, TrainingError) as error:
             raise CommandError(str(error)) from error
         if first:
-            _describe(trainer, clips.labels)
+            _describe(trainer)
         begin = time.perf_counter()
         try:
             with _progress(trainer.steps, plan.training.log_every) as report, Stopper() as stopper:
@@ -111,19 +111,18 @@ def _spoken_warnings(rank: int) -> Iterator[None]:
         yield
 
 
-def _describe(trainer, labels) -> None:
+def _describe(trainer) -> None:
     """Write down what runs, and say it in a line."""
     import yaml
 
     run, folder = trainer.run, trainer.folder
     document = json.loads(json.dumps(run.document()))  # tuples as lists
     (folder / "config.yaml").write_text(yaml.safe_dump(document, sort_keys=False, width=120))
-    (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels))
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    ranks = f", {trainer.world} ranks" if trainer.world > 1 else ""
+    where = f"{trainer.device}, {trainer.world} ranks" if trainer.world > 1 else trainer.device
     say(
-        f"evad train: {parameters / 1e6:.2f} M parameters, {len(trainer.dataset)} clips, {len(labels)} classes, "
-        f"{trainer.steps} steps of {run.config.batch_size} clips on {trainer.device}{ranks}, into {folder}"
+        f"evad train: {parameters / 1e6:.2f} M weights, {len(trainer.dataset)} clips, {len(trainer.labels)} actions, "
+        f"{trainer.steps} steps of {run.config.batch_size} clips on {where}, into {folder}"
     )
     if trainer.started_at:
         say(f"evad train: goes on after step {trainer.started_at}")
