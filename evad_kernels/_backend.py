@@ -30,9 +30,9 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "select_tokens": ("cpu", "triton", "cuda"),
     "gather_tokens": ("cpu", "triton", "cuda"),
     "scatter_tokens": ("cpu", "triton", "cuda"),
-    "roi_align_3d": ("cpu",),
-    "roi_pool_3d": ("cpu",),
-    "pyramid_roi_align": ("cpu",),
+    "roi_align_3d": ("cpu", "triton"),
+    "roi_pool_3d": ("cpu", "triton"),
+    "pyramid_roi_align": ("cpu", "triton"),
 }
 
 # Written and compiled, but "auto" leaves them alone until their tests have passed on a GPU.
@@ -43,6 +43,9 @@ BY_NAME_ONLY = {
     ("gather_tokens", "cuda"),
     ("scatter_tokens", "cuda"),
     ("scatter_tokens", "triton"),
+    ("roi_align_3d", "triton"),
+    ("roi_pool_3d", "triton"),
+    ("pyramid_roi_align", "triton"),
 }
 UNTESTED = "by name only: not yet tested on a GPU"
 

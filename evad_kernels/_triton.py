@@ -26,11 +26,12 @@ class Launch(NamedTuple):
     """A kernel and all that its machine code depends on beside the architecture."""
 
     kernel: triton.runtime.JITFunction
-    signature: dict[str, str]  # of every parameter: "*bf16", "i32", "constexpr"; ":16" behind a multiple of 16
+    signature: dict[str, Any]  # "*bf16", "i32", "constexpr", or a tuple of them; ":16" behind a multiple of 16
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
     fp_fusion: bool = False
+    max_registers: int | None = None
 
 
 class _Recording(NamedTuple):
@@ -49,20 +50,27 @@ def launch(
     num_warps: int = 4,
     num_stages: int = 1,
     fp_fusion: bool = False,
+    max_registers: int | None = None,
     **constants: object,
 ) -> None:
     """Run ``kernel`` on ``where``'s device, on its current stream; nothing where ``programs`` has a zero.
 
-    ``fp_fusion`` lets the compiler join a product and a sum: faster, and rounded otherwise than on the CPU.
+    ``fp_fusion`` lets the compiler join a product and a sum: faster, and rounded otherwise than on the CPU. Without
+    ``max_registers``, of a thread, ptxas may spill some to let one more program onto a multiprocessor.
     """
     if 0 in programs:
         return
     if _recording is not None:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         signature, fixed = specialised(kernel, named)
-        _recording.launches.append(Launch(kernel, signature, fixed, num_warps, num_stages, fp_fusion))
+        _recording.launches.append(Launch(kernel, signature, fixed, num_warps, num_stages, fp_fusion, max_registers))
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
+    options = {
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": fp_fusion,
+        "maxnreg": max_registers,
+    }
     with torch.cuda.device(where.device) if where.is_cuda else contextlib.nullcontext():
         kernel[tuple(programs)](*arguments, **options, **constants)
 
@@ -105,22 +113,29 @@ TYPES = {
 }
 
 
-def specialised(kernel: triton.runtime.JITFunction, named: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+def specialised(kernel: triton.runtime.JITFunction, named: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Signature and constants as Triton makes them of a call: 1 is a constant, multiples of 16 are known as such."""
     signature, constants = {}, {}
     for parameter in kernel.params:
         name, value = parameter.name, named[parameter.name]
-        special = type(value) is int and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (special and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = f"*{TYPES[value.dtype]}:16"  # torch aligns memory to more than that
-        elif type(value) is int:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            signature[name] += ":16" if special and value % 16 == 0 else ""
+        special = not parameter.do_not_specialize
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            signature[name] = tuple(_kind(element, special) for element in value)
         else:
-            signature[name] = {bool: "u1", float: "fp32"}[type(value)]
+            signature[name] = "constexpr" if parameter.is_constexpr else _kind(value, special)
+        if signature[name] == "constexpr":
+            constants[name] = value
     return signature, constants
+
+
+def _kind(value: object, special: bool) -> str:
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}:16"  # torch aligns memory to more than that
+    if value is None or (special and type(value) is int and value == 1):
+        return "constexpr"
+    if type(value) is int:
+        return ("i32" if -(2**31) <= value < 2**31 else "i64") + (":16" if special and value % 16 == 0 else "")
+    return {bool: "u1", float: "fp32"}[type(value)]
 
 
 def blocks(size: int, block: int) -> int:

@@ -229,11 +229,13 @@ def _backward(ctx, grad_samples):
 _sample_backward = register(
     f"pyramid_roi_align_backward(Tensor grad_samples, SymInt B, SymInt[] sizes, {_SAMPLING}) -> Tensor[]",
     cpu=_backward_cpu,
+    triton="pyramid_roi_align_triton.backward",
     fake=_backward_fake,
 )
 _sample = register(
     f"pyramid_roi_align(Tensor[] levels, {_SAMPLING}) -> Tensor",
     cpu=_forward_cpu,
+    triton="pyramid_roi_align_triton.forward",
     fake=_forward_fake,
     backward=_backward,
     setup_context=_setup_context,

@@ -308,14 +308,16 @@ def _backward(ctx, grad, *_):
 
 
 _roi_3d_backward = register(
-    f"roi_3d_backward(Tensor grad, Tensor? largest, Tensor position, {_SAMPLING}, int background_ndim)"
+    f"roi_align_3d_backward(Tensor grad, Tensor? largest, Tensor position, {_SAMPLING}, int background_ndim)"
     " -> (Tensor, Tensor)",
     cpu=_backward_cpu,
+    triton="roi_align_3d_triton.backward",
     fake=_backward_fake,
 )
 _align = register(
     f"roi_align_3d(Tensor tokens, Tensor? background, Tensor position, {_SAMPLING}) -> Tensor",
     cpu=_align_cpu,
+    triton="roi_align_3d_triton.align",
     fake=_align_fake,
     backward=_backward,
     setup_context=_setup_context,
@@ -324,6 +326,7 @@ _pool = register(
     f"roi_pool_3d(Tensor tokens, Tensor? background, Tensor position, {_SAMPLING}, bool save_largest)"
     " -> (Tensor, Tensor)",
     cpu=_pool_cpu,
+    triton="roi_align_3d_triton.pool",
     fake=_pool_fake,
     backward=_backward,
     setup_context=_setup_context,

@@ -47,10 +47,16 @@ def assert_accurate(actual: Tensor, reference: Tensor, truth: Tensor, *, label: 
     )
 
 
-def gradients(function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor | None], seed: int = 0):
+def gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    seed: int = 0,
+    rounding: torch.dtype = torch.float64,
+):
     """Outputs of ``function(*inputs)`` and the gradients of its floating-point inputs for random output gradients.
 
-    Output gradients are drawn in float64 from ``seed`` and rounded, so every dtype and backend sees the same.
+    Output gradients are drawn in float64 from ``seed`` and rounded to the outputs' dtype, before that to ``rounding``:
+    the truth for kernels in float16 gets the gradients that they get.
     """
     leaves = [
         x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
@@ -59,9 +65,8 @@ def gradients(function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequen
     outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
     generator = torch.Generator().manual_seed(seed)
     differentiable = [output for output in outputs if output.requires_grad]
-    grad_outputs = [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype) for o in differentiable
-    ]
+    drawn = [torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu") for o in differentiable]
+    grad_outputs = [g.to(rounding).to(o.device, o.dtype) for g, o in zip(drawn, differentiable, strict=True)]
     wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
     return outputs, torch.autograd.grad(differentiable, wanted, grad_outputs, materialize_grads=True)
 

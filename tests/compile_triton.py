@@ -25,15 +25,24 @@ MATRIX = re.compile(r"\b(UTC\w*MMA|\w*GMMA|HMMA|[DI]MMA)\b")
 
 def compiled(launch, architecture):
     """Registers, memory and matrix instructions of one kernel."""
-    signature = {name: kind.removesuffix(":16") for name, kind in launch.signature.items()}
-    divisible = [i for i, kind in enumerate(launch.signature.values()) if kind.endswith(":16")]
+    signature, attributes = {}, {}
+    for i, (name, kind) in enumerate(launch.signature.items()):
+        kinds = {(i, j): element for j, element in enumerate(kind)} if isinstance(kind, tuple) else {(i,): kind}
+        attributes |= {path: [["tt.divisibility", 16]] for path, kind in kinds.items() if kind.endswith(":16")}
+        plain = tuple(kind.removesuffix(":16") for kind in kinds.values())
+        signature[name] = plain if isinstance(kind, tuple) else plain[0]
     source = ASTSource(
         launch.kernel,
         signature,
         constexprs=launch.constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+        attrs=attributes,
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": launch.fp_fusion}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": launch.fp_fusion,
+        "maxnreg": launch.max_registers,
+    }
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
@@ -44,7 +53,7 @@ def compiled(launch, architecture):
         )
     resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     constants = [f"{name}={value}" for name, value in launch.constants.items() if name.isupper() or value is None]
-    pointers = dict.fromkeys(kind[1:] for kind in signature.values() if kind.startswith("*"))
+    pointers = dict.fromkeys(kind[1:] for kind in signature.values() if str(kind).startswith("*"))
     return {
         "name": f"{launch.kernel.__name__}[{' '.join([*pointers, *constants])}] w{launch.num_warps}",
         "architecture": architecture,
