@@ -11,7 +11,6 @@ one clamp to it.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +21,16 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from av.sidedata.sidedata import Type as SideData
 from torch import Tensor
 
 ROUNDING = 0.001  # containers round timestamps to a millisecond: a frame this late counts as shown
 MAX_SIZE = 1333
+
+
+# A frame keeps the threads that converted it until it is collected; in a forked worker that would never end.
+_ONE_THREAD = {"threads": 1} if "threads" in (av.VideoFrame.reformat.__doc__ or "") else {}
 
 
 class VideoError(ValueError):
@@ -46,8 +50,8 @@ class Frame:
         frame = self._frame
         if size is not None:
             width, height = reversed(size) if self._matrix is not None and _transposes(self._matrix) else size
-            frame = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
-        return _upright(frame.to_ndarray(format="rgb24"), self._matrix)
+            frame = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC", **_ONE_THREAD)
+        return _upright(frame.to_ndarray(format="rgb24", **_ONE_THREAD), self._matrix)
 
 
 class Video:
@@ -108,6 +112,7 @@ class Video:
     def close(self) -> None:
         if self._container is not None:
             self._container.close()
+        self._container = self._stream = None  # with which the decoder's threads end
 
     def frames(self, start: float = 0.0) -> Iterator[Frame]:
         """Frames in order of time, from the one shown at ``start`` (seconds) to the last.
@@ -181,7 +186,7 @@ class Video:
             if self._coded is None:
                 self._coded = frame.width, frame.height
             elif self._coded != (frame.width, frame.height):  # a stream may change its size: keep the first
-                frame = frame.reformat(*self._coded)
+                frame = frame.reformat(*self._coded, **_ONE_THREAD)
             yield Frame(time, frame, None if matrix is None else _matrix(matrix))
 
     def _beyond(self, time: float) -> bool:
@@ -360,26 +365,15 @@ def resize(image: np.ndarray, short_side: int, max_size: int = MAX_SIZE) -> Tens
     Samples between pixel centres, without smoothing first: what the released models were trained on.
     """
     height, width, _ = resized(*image.shape[:2], short_side, max_size)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
     if (height, width) != image.shape[:2]:
-        low, high, weight = _taps(image.shape[0], height)
-        rows = image[low] * (1 - weight)[:, None, None] + image[high] * weight[:, None, None]
-        low, high, weight = _taps(image.shape[1], width)
-        pixels = rows[:, low] * (1 - weight)[:, None] + rows[:, high] * weight[:, None]
-        image = (pixels + 0.5).astype(np.uint8)
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
-
-@functools.lru_cache(maxsize=16)
-def _taps(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of ``new`` samples of a line of ``old`` pixels: the pixel below, the one above, and its weight."""
-    centre = ((np.arange(new) + 0.5) * (old / new) - 0.5).clip(0, old - 1)
-    low = np.floor(centre).astype(np.int64)
-    return low, np.minimum(low + 1, old - 1), (centre - low).astype(np.float32)
+        pixels = F.interpolate(pixels[None], (height, width), mode="bilinear", align_corners=False)[0]
+    return pixels.contiguous()
 
 
 def normalize(samples: Sequence[Tensor], mean: float = 0.45, std: float = 0.225) -> Tensor:
-    """Resized frames (uint8 [3, h, w]) as one clip for the model: float32 [3, T, h, w]."""
-    return torch.stack(tuple(samples), 1).float().div_(255).sub_(mean).div_(std)
+    """Resized frames (uint8 [3, h, w]) as one clip for the model: float32 [3, T, h, w], (pixel / 255 - mean) / std."""
+    return torch.stack(tuple(samples), 1).float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 # Writing
@@ -419,6 +413,7 @@ class VideoWriter:
         if right or below:
             image = np.pad(image, ((0, below), (0, right), (0, 0)), mode="edge")
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame = frame.reformat(format="yuv420p", **_ONE_THREAD)
         self._last = max(self._last + 1, round(time * _TICKS))
         frame.pts, frame.time_base = self._last, Fraction(1, _TICKS)
         self._container.mux(self._stream.encode(frame))

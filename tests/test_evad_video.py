@@ -1,5 +1,7 @@
 """evad.video: decoding by time, clips around keyframes, what the model sees, writing."""
 
+import gc
+import itertools
 import json
 import resource
 import sys
@@ -203,6 +205,23 @@ def test_rejects_what_is_no_video(tmp_path, kind):
     with pytest.raises(VideoError, match=expected.get(kind, "not a video that can be read")) as caught:
         Video(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_leaves_no_threads(tmp_path):
+    """Threads that outlive a video would hang a worker process that is forked later and collects them."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(list(Path("/proc/self/task").iterdir()))
+        with Video(BIKES) as video, VideoWriter(tmp_path / "v.mp4", 640, 272, 25) as writer:
+            for frame in itertools.islice(video.frames(1.0), 3):
+                writer.write(frame.rgb(), frame.time)
+                frame.rgb((1280, 544))
+        del writer
+        assert len(list(Path("/proc/self/task").iterdir())) <= before
+    finally:
+        gc.enable()
 
 
 # Clips

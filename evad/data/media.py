@@ -78,7 +78,7 @@ def _from_folder(path: Path, at: float, sampling: Sampling, prepare) -> list:
 def _picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
+            return np.array(picture.convert("RGB"))
     except FileNotFoundError as error:
         raise VideoError(f"{path}: this frame is missing") from error
     except (OSError, SyntaxError, ValueError) as error:
