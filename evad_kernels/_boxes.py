@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _check
 
+MOST_SAMPLES = 4096  # of a bin along a side where their number follows from the box: all are in memory at once
 FORMS = "[B, n, 4], a list of B [n_b, 4], or [R, 5]"
 TUBES = FORMS.replace(" or [R, 5]", " [R, 5], or [B, n, T, 4]")
 
@@ -109,13 +110,13 @@ def positive(op: str, argument: str, value: float) -> float:
     return float(value)
 
 
-def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, samples: int, aligned: bool) -> Tensor:
+def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, samples: int | None, aligned: bool) -> Tensor:
     """Weight of every cell of one axis in every bin of every box.
 
     Args:
         low, high: The boxes' two sides, in cells, [...].
         size: Cells of the axis.
-        bins, samples: Bins of a box, samples of a bin.
+        bins, samples: Bins of a box, samples of a bin; None: as many as a bin has cells, rounded up.
         aligned: False: sides are at least one cell, as in torchvision.
     Returns:
         Weights, [..., bins, size].
@@ -125,12 +126,18 @@ def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, samples: int, 
         length = length.clamp(min=1)
     width = (length / bins)[..., None, None]
     bin_index = torch.arange(bins, device=low.device)[:, None]
+    count = samples
+    if samples is None:
+        count = width.ceil().nan_to_num(1, 1, 1).clamp(min=1)
+        samples = int(count.max()) if count.numel() else 1
+        if samples > MOST_SAMPLES:
+            _check.fail("roi_align", "boxes", f"at most {MOST_SAMPLES} cells a bin and side to be adaptive", samples)
     sample = torch.arange(samples, device=low.device)
-    at = low[..., None, None] + bin_index * width + (sample + 0.5) * width / samples  # [..., bins, samples]
-    inside = (at >= -1) & (at <= size)
+    at = low[..., None, None] + bin_index * width + (sample + 0.5) * width / count  # [..., bins, samples]
+    inside = (at >= -1) & (at <= size) & (sample < count)
     cell = torch.arange(size, device=low.device)
     tent = (1 - (at.clamp(0, size - 1)[..., None] - cell).abs()).clamp(min=0)  # [..., bins, samples, size]
-    return torch.where(inside[..., None], tent, 0).mean(-2)
+    return torch.where(inside[..., None], tent, 0).sum(-2) / count
 
 
 def bins_reference(
@@ -139,7 +146,7 @@ def bins_reference(
     *,
     scale: float,
     output: tuple[int, int],
-    samples: int,
+    samples: int | None,
     aligned: bool = True,
     chosen: Tensor | None = None,
 ) -> Tensor:
@@ -149,7 +156,7 @@ def bins_reference(
         features: Dense map, [B, T, Gh, Gw, C], float32 or float64.
         scale: Cells a pixel.
         output: (oh, ow).
-        samples: Samples a bin along each side.
+        samples: Samples a bin along each side; None: as many as a bin has cells, rounded up.
         chosen: [R] bool, boxes to leave in; the others give zeros. None: all.
     Returns:
         [R, oh, T, ow, C].

@@ -1,0 +1,84 @@
+"""torchvision's RoIAlign on dense maps, by these kernels: one import line moves a detector over.
+
+    from torchvision.ops import roi_align          becomes
+    from evad_kernels.ops_compat import roi_align
+
+The same results for the same arguments, but deterministic forward and backward, all CPU threads, and float16 and
+bfloat16 on every device with sums in float32. Source: K. He et al., Mask R-CNN (ICCV 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import _boxes, _check
+from .roi_align_3d import roi_align_3d
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> Tensor:
+    """Average the bins of boxes on a dense feature map, as ``torchvision.ops.roi_align``.
+
+    Args:
+        input: Features, [B, C, H, W], floating point.
+        boxes: [R, 5] with the batch index first, or a list of B [n_b, 4]; x1, y1, x2, y2 in pixels.
+        output_size: Bins of a box, one number or (height, width).
+        spatial_scale: Cells a pixel, above 0.
+        sampling_ratio: Samples a bin along each side. 0 or less: as many as a bin has cells, rounded up. How much work
+            that is depends on the boxes, so it is done in plain PyTorch and waits for a GPU.
+        aligned: Shift by half a cell. Otherwise, as in older detectors, sides are at least one cell.
+    Returns:
+        [R, C, height, width]. Gradient flows to ``input``. A reversed or NaN box gives zeros.
+    Raises:
+        ValueError: a shape disagrees or a number is out of range, or an adaptive bin has more than 4,096 cells a side.
+        TypeError: not floating point.
+    """
+    _check.tensor("roi_align", "input", input, 4, "[B, C, H, W]")
+    _check.floating("roi_align", "input", input)
+    if not isinstance(sampling_ratio, int) or isinstance(sampling_ratio, bool):
+        _check.fail("roi_align", "sampling_ratio", "an integer", sampling_ratio)
+    B, C, H, W = input.shape
+    if H == 0 or W == 0:
+        _check.fail("roi_align", "input", "[B, C, H, W] with at least one cell", list(input.shape))
+    tokens = input.flatten(2).transpose(1, 2)  # [B, H*W, C]
+    if sampling_ratio > 0:
+        position = torch.arange(H * W, device=input.device).expand(B, H * W)
+        options = {"output_size": output_size, "spatial_scale": spatial_scale, "sampling_ratio": sampling_ratio}
+        return roi_align_3d(tokens, position, boxes, grid=(1, H, W), aligned=aligned, **options)[:, :, 0]
+    boxes = _boxes.check_boxes("roi_align", boxes, input, "input")
+    bins = _boxes.bins_reference(
+        tokens.to(boxes.corners.dtype).view(B, 1, H, W, C),
+        boxes,
+        scale=_boxes.positive("roi_align", "spatial_scale", spatial_scale),
+        output=_boxes.output_size("roi_align", output_size),
+        samples=None,
+        aligned=aligned,
+    )  # [R, height, 1, width, C]
+    return bins[:, :, 0].permute(0, 3, 1, 2).to(input.dtype)
+
+
+class RoIAlign(nn.Module):
+    """``roi_align`` as a module, as ``torchvision.ops.RoIAlign``."""
+
+    def __init__(
+        self, output_size: int | Sequence[int], spatial_scale: float, sampling_ratio: int, aligned: bool = False
+    ) -> None:
+        super().__init__()
+        self.output_size, self.spatial_scale = output_size, spatial_scale
+        self.sampling_ratio, self.aligned = sampling_ratio, aligned
+
+    def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
+        return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+
+    def extra_repr(self) -> str:
+        names = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
