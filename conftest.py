@@ -8,6 +8,7 @@ pytest --benchmark --benchmark-smoke    every benchmark once, nothing written
 Without a GPU, Triton kernels are interpreted on CPU tensors: what they compute is tested, their speed is not.
 """
 
+import importlib.util
 import os
 from collections import Counter
 from contextlib import nullcontext
@@ -19,6 +20,21 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of evad_kernels
 
 
+def patch_triton_once():
+    """Triton's interpreter patches its language again at each call of a device function: most of its time."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_unless_patched(function):
+        used = [x for x in function.__globals__.values() if x is language or x is language.core]
+        patched = not any(language.core.is_builtin(x.load) for x in used)
+        return interpreter._LangPatchScope() if patched else patch(function)
+
+    interpreter._patch_lang = patch_unless_patched
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("evad_kernels")
     group.addoption("--benchmark", action="store_true", help="Run benchmarks/ instead of tests/.")
@@ -28,6 +44,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        patch_triton_once()
     if not config.getoption("--benchmark"):
         return
     config.addinivalue_line("python_files", "bench_*.py")

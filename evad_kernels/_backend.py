@@ -25,8 +25,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # op -> its backends beside "reference", in order of preference where several serve one device.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "keyframe_attention": ("cpu",),
-    "keyframe_attention_topk": ("cpu",),
+    "keyframe_attention": ("cpu", "triton"),
+    "keyframe_attention_topk": ("cpu", "triton"),
     "select_tokens": ("cpu", "triton", "cuda"),
     "gather_tokens": ("cpu", "triton", "cuda"),
     "scatter_tokens": ("cpu", "triton", "cuda"),
@@ -37,6 +37,8 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
 
 # Written and compiled, but "auto" leaves them alone until their tests have passed on a GPU.
 BY_NAME_ONLY = {
+    ("keyframe_attention", "triton"),
+    ("keyframe_attention_topk", "triton"),
     ("select_tokens", "triton"),
     ("select_tokens", "cuda"),
     ("gather_tokens", "triton"),
@@ -118,9 +120,11 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = before
 
 
-def choose(op: str, tensor: Tensor) -> str:
+def choose(op: str, tensor: Tensor, *, triton: str | None = None) -> str:
     """The backend that serves ``op`` on ``tensor``'s device.
 
+    Args:
+        triton: Why this op's Triton kernels cannot take its inputs, or None.
     Raises:
         RuntimeError: the backend asked for by name does not serve this op, device or machine.
     """
@@ -129,11 +133,13 @@ def choose(op: str, tensor: Tensor) -> str:
         if device == "meta":  # shapes alone: the op's fake, whatever this machine can run
             return IMPLEMENTED[op][0]
         for backend in IMPLEMENTED[op]:
-            if (op, backend) not in BY_NAME_ONLY and DEVICE[backend] == device and _refusal(backend, tensor) is None:
+            if (op, backend) in BY_NAME_ONLY or DEVICE[backend] != device:
+                continue
+            if _refusal(backend, tensor, triton) is None:
                 return backend
         return "reference"
     if _requested != "reference":
-        reason = unavailable(op, _requested) or _refusal(_requested, tensor)
+        reason = unavailable(op, _requested) or _refusal(_requested, tensor, triton)
         if reason is not None:
             raise RuntimeError(f"{op}: backend must be available, got {_requested!r}: {reason}")
         if DEVICE[_requested] != device:
@@ -144,11 +150,11 @@ def choose(op: str, tensor: Tensor) -> str:
     return _requested
 
 
-def _refusal(backend: str, tensor: Tensor) -> str | None:
+def _refusal(backend: str, tensor: Tensor, triton: str | None) -> str | None:
     """Why ``backend`` cannot take ``tensor``, or None."""
     if backend == "triton" and tensor.dtype == torch.float64:
         return "Triton kernels compute in float32, float64 is for reference and cpu"
-    return MISSING[backend]
+    return MISSING[backend] or (triton if backend == "triton" else None)
 
 
 def in_force(op: str, backends: Iterable[str]) -> str:

@@ -65,7 +65,7 @@ def keyframe_attention(
         RuntimeError: tensors on different devices, or a backend asked for by name that is missing.
     """
     scale = _checked("keyframe_attention", query, key, value, num_keyframe, keyframe_weight, scale)
-    if _backend.choose("keyframe_attention", query) == "reference":
+    if _backend.choose("keyframe_attention", query, triton=_triton_refusal(query)) == "reference":
         return keyframe_attention_reference(
             query, key, value, num_keyframe=num_keyframe, keyframe_weight=keyframe_weight, scale=scale
         )
@@ -108,7 +108,7 @@ def keyframe_attention_topk(
     scale = _checked(op, query, key, value, num_keyframe, keyframe_weight, scale)
     M = query.shape[2] - num_keyframe
     _check.integer(op, "num_select", num_select, M, "N - num_keyframe")
-    if _backend.choose(op, query) == "reference":
+    if _backend.choose(op, query, triton=_triton_refusal(query)) == "reference":
         return keyframe_attention_topk_reference(
             query,
             key,
@@ -198,7 +198,18 @@ def _checked(op, query, key, value, num_keyframe, keyframe_weight, scale) -> flo
     return scale
 
 
-# Registration. The private ops also return the log-sum-exp of each row, from which the backward recomputes P.
+def _triton_refusal(query: Tensor) -> str | None:
+    """Why the Triton kernels cannot take ``query``, or None."""
+    if query.shape[3] > 256:
+        return "Triton kernels hold a row of a head on the chip, D is at most 256"
+    if query.dtype == torch.bfloat16 and _backend.INTERPRETED:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
+# Registration. The private ops also return the log-sum-exp of each row, from which the backward recomputes P:
+# lse [2, B, H, N] is lse[0] + |scale| * lse[1]. Triton puts the row's largest product in lse[1], beside which a small
+# sum of exponentials would be lost in one float; the C++ kernels need 0 there, for they look for the maximum again.
 
 
 def _head_rows(tensor: Tensor | None) -> tuple[int, ...]:
@@ -222,7 +233,8 @@ def _forward_cpu(query, key, value, num_keyframe, keyframe_weight, scale):
     dtype = _accumulation_dtype(query.dtype)
     output = _rows_first(query, N)
     importance = query.new_empty(B, N - num_keyframe, dtype=dtype)
-    lse = query.new_empty(B, H, N, dtype=dtype)
+    lse = query.new_empty(2, B, H, N, dtype=dtype)
+    lse[1] = 0
     if H == 0:
         importance.zero_()
     elif B > 0 and N > 0:
@@ -247,7 +259,7 @@ def _forward_fake(query, key, value, num_keyframe, keyframe_weight, scale):
     B, H, N, _ = query.shape
     dtype = _accumulation_dtype(query.dtype)
     importance = query.new_empty(B, N - num_keyframe, dtype=dtype)
-    return _rows_first(query, N), importance, query.new_empty(B, H, N, dtype=dtype)
+    return _rows_first(query, N), importance, query.new_empty(2, B, H, N, dtype=dtype)
 
 
 def _forward_topk_cpu(query, key, value, num_keyframe, num_select, keyframe_weight, scale):
@@ -289,6 +301,7 @@ def _backward_cpu(
     query, key, value = _cells.rows(query), _cells.rows(key), _cells.rows(value)
     grad_output = None if grad_output is None else _cells.rows(grad_output)
     grad_importance = None if grad_importance is None else grad_importance.contiguous()
+    lse = torch.add(lse[0], lse[1], alpha=abs(scale))
     _backend.native.keyframe_attention_backward(
         _sizes(query, num_keyframe),
         scale,
@@ -344,12 +357,14 @@ _attention_backward = register(
     "keyframe_attention_backward(Tensor query, Tensor key, Tensor value, Tensor? grad_output, Tensor? grad_importance, "
     "Tensor lse, Tensor? index, SymInt num_keyframe, float keyframe_weight, float scale) -> (Tensor, Tensor, Tensor)",
     cpu=_backward_cpu,
+    triton="keyframe_attention_triton.backward",
     fake=_backward_fake,
 )
 _attention = register(
     "keyframe_attention(Tensor query, Tensor key, Tensor value, SymInt num_keyframe, float keyframe_weight, "
     "float scale) -> (Tensor, Tensor, Tensor)",
     cpu=_forward_cpu,
+    triton="keyframe_attention_triton.forward",
     fake=_forward_fake,
     backward=_backward,
     setup_context=_setup_context,
@@ -358,6 +373,7 @@ _attention_topk = register(
     "keyframe_attention_topk(Tensor query, Tensor key, Tensor value, SymInt num_keyframe, SymInt num_select, "
     "float keyframe_weight, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_forward_topk_cpu,
+    triton="keyframe_attention_triton.forward_topk",
     fake=_forward_topk_fake,
     backward=_backward,
     setup_context=_setup_context,

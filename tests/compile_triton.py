@@ -65,23 +65,25 @@ def compiled(launch, architecture):
     }
 
 
-def shipped(module, architecture):
+def shipped(module, architecture, function):
     """The launches of a module, each once."""
-    launches = importlib.import_module(f"evad_kernels.{module}").shipped(architecture)
+    launches = getattr(importlib.import_module(f"evad_kernels.{module}"), function)(architecture)
     return list({repr(launch): launch for launch in (Launch(*launch) for launch in launches)}.values())
 
 
-def main(module, architecture):
+def main(module, architecture, function="shipped"):
     assert os.environ.get("TRITON_INTERPRET") != "1", "interpreted kernels do not compile"
-    launches = shipped(module, architecture)
+    launches = shipped(module, architecture, function)
     with ProcessPoolExecutor(2) as pool:
-        for row in pool.map(nth, *zip(*((module, architecture, i) for i in range(len(launches))), strict=True)):
+        for row in pool.map(
+            nth, *zip(*((module, architecture, function, i) for i in range(len(launches))), strict=True)
+        ):
             print(json.dumps(row), flush=True)
 
 
-def nth(module, architecture, i):
-    return compiled(shipped(module, architecture)[i], architecture)
+def nth(module, architecture, function, i):
+    return compiled(shipped(module, architecture, function)[i], architecture)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

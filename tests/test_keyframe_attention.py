@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from evad_kernels import (
     select_tokens,
     use_backend,
 )
-from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
+from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts, on_default_device
 
 GOLDEN = Path(__file__).parent / "golden" / "op_ktp_attention.npz"
 
@@ -30,19 +31,39 @@ CASES = {
     "no keyframe": (1, 2, 111, 4, 0, 50, 1.0),
     "all keyframe": (2, 1, 200, 80, 200, 0, 2.0),
     "all selected": (1, 2, 65, 24, 16, 49, 0.0),
+    "33 x 32": (1, 1, 33, 32, 5, 14, 2.0),
+    "40 x 72": (1, 1, 40, 72, 40, 0, 1.0),
+    "65 x 64": (1, 1, 65, 64, 9, 30, 3.0),
+    "101 x 40": (1, 1, 101, 40, 13, 44, 4.0),
+    "70 x 128": (1, 1, 70, 128, 16, 31, 0.5),
     "more than a task": (1, 2, 301, 64, 49, 150, 4.0),
     "1000": (1, 1, 1000, 40, 125, 575, 1.0),
     "paper 224": (1, 2, 1568, 64, 196, 902, 4.0),
 }
 GRADIENT_CASES = [case for case in CASES if case not in ("1000", "paper 224")]
 ISAS = ("baseline", "avx2", "avx512", "amx")
+KERNELS = (*ISAS, "triton")
 # AMX multiplies bfloat16 only; other dtypes take the AVX-512 kernels there.
-ISA_DTYPES = [(isa, dtype) for isa in ISAS for dtype in DTYPES if isa != "amx" or dtype == torch.bfloat16]
+NO_KERNEL = {("amx", torch.float32), ("amx", torch.float16), ("amx", torch.float64), ("triton", torch.float64)}
+KERNELS_DTYPES = [(kernels, dtype) for kernels in KERNELS for dtype in DTYPES if (kernels, dtype) not in NO_KERNEL]
 
 
 @pytest.fixture
-def isa(request):
-    """Caps the instruction set of the CPU kernels for one test."""
+def kernels(request):
+    """Runs a test on the CPU kernels of one instruction set, or on Triton's, interpreted where there is no GPU."""
+    if request.param == "triton":
+        if (reason := _backend.MISSING["triton"]) is not None:
+            pytest.skip(f"backend triton: {reason}")
+        parameters = request.node.callspec.params
+        if _backend.INTERPRETED:
+            if parameters.get("dtype") == torch.bfloat16:
+                pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+            B, H, N, *_ = CASES[parameters.get("case", "one token")]
+            if B * H * N * N > 12_000:
+                pytest.skip("too large for Triton's interpreter")
+        with use_backend("triton"), nullcontext() if _backend.INTERPRETED else torch.device("cuda"):
+            yield "triton"
+        return
     native = _backend.native
     if native is None or ISAS.index(request.param) > ISAS.index(native.detected_isa()):
         pytest.skip(f"this machine or build has no {request.param}")
@@ -53,20 +74,25 @@ def isa(request):
     native.set_isa_cap(before)
 
 
-every_isa = pytest.mark.parametrize("isa", ISAS, indirect=True)
-every_isa_and_dtype = pytest.mark.parametrize(
-    ("isa", "dtype"),
-    ISA_DTYPES,
-    ids=[f"{isa}-{str(dtype).removeprefix('torch.')}" for isa, dtype in ISA_DTYPES],
-    indirect=["isa"],
+all_kernels = pytest.mark.parametrize("kernels", KERNELS, indirect=True)
+all_kernels_and_dtypes = pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    KERNELS_DTYPES,
+    ids=[f"{kernels}-{str(dtype).removeprefix('torch.')}" for kernels, dtype in KERNELS_DTYPES],
+    indirect=["kernels"],
 )
+
+
+def random(*shape, generator):
+    """Normal float64 numbers, the same on every device."""
+    return on_default_device(torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu"))
 
 
 def make(case, dtype=torch.float32, seed=0, spread=1.0):
     """(query, key, value), views of one [B, N, 3, H, D] tensor, and the keywords of each op."""
     B, H, N, D, num_keyframe, num_select, keyframe_weight = CASES[case]
     generator = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(B, N, 3, H, D, generator=generator, dtype=torch.float64)
+    qkv = random(B, N, 3, H, D, generator=generator)
     qkv[:, :, 0] *= spread
     keywords = {"num_keyframe": num_keyframe, "keyframe_weight": keyframe_weight}
     return qkv.to(dtype).permute(2, 0, 3, 1, 4), keywords, {**keywords, "num_select": num_select}
@@ -74,7 +100,7 @@ def make(case, dtype=torch.float32, seed=0, spread=1.0):
 
 def expected(query, key, value, num_keyframe, keyframe_weight, scale):
     """Eq. 1 query by query in NumPy, float64: output and importance."""
-    query, key, value = (x.double().numpy() for x in (query, key, value))
+    query, key, value = (x.double().cpu().numpy() for x in (query, key, value))
     B, H, N, D = query.shape
     output, importance = np.zeros((B, H, N, D)), np.zeros((B, N - num_keyframe))
     for b, h, i in np.ndindex(B, H, N):
@@ -85,9 +111,10 @@ def expected(query, key, value, num_keyframe, keyframe_weight, scale):
     return torch.from_numpy(output), torch.from_numpy(importance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
 @pytest.mark.parametrize("case", ["odd", "one token", "no keyframe", "all keyframe"])
-def test_matches_paper(backend, case):
-    inputs, keywords, _ = make(case, torch.float64)
+def test_matches_paper(backend, case, dtype):
+    inputs, keywords, _ = make(case, dtype)
     for scale in (None, 0.3, -0.2):
         output, importance = expected(*inputs, **keywords, scale=inputs.shape[-1] ** -0.5 if scale is None else scale)
         got = keyframe_attention(*inputs, **keywords, scale=scale)
@@ -96,7 +123,7 @@ def test_matches_paper(backend, case):
 
 
 @functools.cache
-def by_reference(case, dtype, spread=1.0):
+def by_reference(case, dtype, spread, device):
     """Reference results in ``dtype`` and in float64 on the same rounded inputs."""
     inputs, keywords, _ = make(case, dtype, spread=spread)
     with use_backend("reference"):
@@ -104,11 +131,13 @@ def by_reference(case, dtype, spread=1.0):
 
 
 @pytest.mark.parametrize(("case", "spread"), [*((case, 1.0) for case in CASES), ("odd", 16.0), ("1000", 16.0)])
-@every_isa_and_dtype
-def test_matches_reference(isa, case, dtype, spread):
+@all_kernels_and_dtypes
+def test_matches_reference(kernels, case, dtype, spread):
     inputs, keywords, _ = make(case, dtype, spread=spread)
     got = keyframe_attention(*inputs, **keywords)
-    for label, *three in zip(("output", "importance"), got, *by_reference(case, dtype, spread), strict=True):
+    for label, *three in zip(
+        ("output", "importance"), got, *by_reference(case, dtype, spread, torch.get_default_device()), strict=True
+    ):
         assert_accurate(*three, label=label)
 
 
@@ -128,23 +157,26 @@ def gradients_of(run, case, dtype, compute=None):
 
 
 @functools.cache
-def gradients_by_reference(run, case, dtype):
+def gradients_by_reference(run, case, dtype, device):
     with use_backend("reference"):
         return gradients_of(run, case, dtype), gradients_of(run, case, dtype, torch.float64)
 
 
 @pytest.mark.parametrize("case", GRADIENT_CASES)
-@every_isa_and_dtype
-def test_gradient(isa, case, dtype):
-    for run in RUNS:
+@all_kernels_and_dtypes
+def test_gradient(kernels, case, dtype):
+    quick = kernels == "triton" and _backend.INTERPRETED and case != "33 x 32"
+    for run in ("both", "topk both") if quick else RUNS:
         grads = gradients_of(run, case, dtype)
+        references = gradients_by_reference(run, case, dtype, torch.get_default_device())
         labels = (f"{run}: grad_{name}" for name in ("query", "key", "value"))
-        for label, *three in zip(labels, grads, *gradients_by_reference(run, case, dtype), strict=True):
+        for label, *three in zip(labels, grads, *references, strict=True):
             assert_accurate(*three, label=label)
 
 
-def test_gradient_is_the_slope(backend):
-    inputs, _, keywords = make("odd", torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64], ids=str)
+def test_gradient_is_the_slope(backend, dtype):
+    inputs, _, keywords = make("odd", dtype)
     leaves = [x[:1, :2, :7, :5].clone().requires_grad_() for x in inputs]
     keywords |= {"num_keyframe": 2, "num_select": 3}
     for run in ("both", "topk both"):
@@ -163,9 +195,9 @@ def test_dropped_rows_have_no_query_gradient(backend):
     assert torch.equal((grad == 0).all(dim=3).all(dim=1), ~kept)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GRADIENT_CASES)
-def test_topk_is_the_three_ops_in_sequence(backend, case, dtype):
+@all_kernels_and_dtypes
+def test_topk_is_the_three_ops_in_sequence(kernels, case, dtype):
     inputs, keywords, topk_keywords = make(case, dtype)
     output, importance = keyframe_attention(*inputs, **keywords)
     index = select_tokens(importance, topk_keywords["num_select"])
@@ -177,45 +209,43 @@ def test_topk_is_the_three_ops_in_sequence(backend, case, dtype):
     assert torch.equal(got.output.transpose(1, 2).flatten(2), kept)
 
 
-@pytest.mark.parametrize("spread", [1.0, 0.01], ids=["", "flat"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_selection_is_exact(dtype, spread):
-    """No token is kept in the place of one that float64 finds more important by 1e-6 or more."""
-    generator = torch.Generator().manual_seed(7)
-    query, key, value = torch.randn(3, 1, 12, 1568, 64, generator=generator).to(dtype)
+@functools.cache
+def to_select_from(dtype, spread, H, N, device):
+    """Query, key, value, keywords, and the true importance, head by head: the map in float64 is 20 MB each."""
+    query, key, value = random(3, 1, H, N, 64, generator=torch.Generator().manual_seed(7)).to(dtype)
     query = (query * spread).to(dtype)
-    keywords = {"num_keyframe": 196, "keyframe_weight": 4.0}
+    keywords = {"num_keyframe": N // 8, "keyframe_weight": 4.0}
     with use_backend("reference"):
-        truth = torch.cat(  # head by head: the map in float64 is 20 MB each
-            [
-                keyframe_attention(*(x[:, h : h + 1].double() for x in (query, key, value)), **keywords)[1]
-                for h in range(12)
-            ]
-        ).mean(dim=0)
-    native = _backend.native
-    if native is None:
-        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
-    before = native.cpu_isa()
-    try:
-        for isa in ISAS[: ISAS.index(native.detected_isa()) + 1]:
-            native.set_isa_cap(isa)
-            index = keyframe_attention_topk(query, key, value, num_select=902, **keywords).index[0]
-            kept = torch.zeros(truth.shape[0], dtype=torch.bool)
-            kept[index] = True
-            lowest_kept, highest_dropped = truth[kept].min(), truth[~kept].max()
-            assert highest_dropped <= lowest_kept * (1 + 1e-6), isa
-    finally:
-        native.set_isa_cap(before)
+        heads = [
+            keyframe_attention(*(x[:, h : h + 1].double() for x in (query, key, value)), **keywords)[1]
+            for h in range(H)
+        ]
+    return query, key, value, keywords, torch.cat(heads).mean(dim=0)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.01], ids=["", "flat"])
+@all_kernels_and_dtypes
+def test_selection_is_exact(kernels, dtype, spread):
+    """No token is kept in the place of one that float64 finds more important by 1e-6 or more."""
+    interpreted = kernels == "triton" and _backend.INTERPRETED
+    H, N = (2, 133) if interpreted else (12, 1568)
+    query, key, value, keywords, truth = to_select_from(dtype, spread, H, N, torch.get_default_device())
+    index = keyframe_attention_topk(query, key, value, num_select=len(truth) * 2 // 3, **keywords).index[0]
+    kept = torch.zeros(truth.shape[0], dtype=torch.bool)
+    kept[index] = True
+    lowest_kept, highest_dropped = truth[kept].min(), truth[~kept].max()
+    assert highest_dropped <= lowest_kept * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("case", range(9))
 def test_golden(backend, case):
+    device = torch.get_default_device()
     with np.load(GOLDEN) as file:
         facts = json.loads(str(file["cases_json"]))[case]
         query, key, value, heads_out = (
-            torch.from_numpy(file[f"case{case}/{name}"]) for name in ("q", "k", "v", "heads_out")
+            torch.from_numpy(file[f"case{case}/{name}"]).to(device) for name in ("q", "k", "v", "heads_out")
         )
-        returned = torch.from_numpy(file[f"case{case}/returned_idx"])
+        returned = torch.from_numpy(file[f"case{case}/returned_idx"]).to(device)
         importance = file.get(f"case{case}/importance_nonkey")
     keywords = {"num_keyframe": facts["N1"], "keyframe_weight": facts["w"], "scale": facts["scale"]}
     got = keyframe_attention_topk(query, key, value, num_select=facts["num_keep"] - facts["N1"], **keywords)
@@ -223,15 +253,15 @@ def test_golden(backend, case):
         keyframe_attention(query, key, value, **keywords).output, heads_out, rtol=1e-5, atol=1e-5
     )
     if importance is not None:
-        torch.testing.assert_close(got.importance, torch.from_numpy(importance), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(got.importance, torch.from_numpy(importance).to(device), rtol=1e-5, atol=1e-8)
     if facts["pruned"]:
         assert torch.equal(got.index, returned.sort(dim=1).values)
     else:
         assert torch.equal(got.index, torch.arange(facts["N"] - facts["N1"]).expand_as(got.index))
 
 
-@every_isa
-def test_strides(isa):
+@all_kernels
+def test_strides(kernels):
     inputs, _, keywords = make("odd")
     want = keyframe_attention_topk(*(x.contiguous() for x in inputs), **keywords)
     for which in range(3):
@@ -265,8 +295,18 @@ def test_output_memory_is_rows_first():
     assert keyframe_attention_topk(*inputs, **topk_keywords).output.transpose(1, 2).is_contiguous()
 
 
-@every_isa
-def test_bitwise_the_same_for_any_number_of_threads(isa):
+@all_kernels_and_dtypes
+def test_bitwise_the_same_in_every_run(kernels, dtype):
+    runs = []
+    for _ in range(2):
+        inputs, _, keywords = make("65 x 64", dtype)
+        outputs, grads = gradients(lambda *qkv: keyframe_attention_topk(*qkv, **keywords), inputs)  # noqa: B023
+        runs.append((*outputs, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("kernels", ISAS, indirect=True)
+def test_bitwise_the_same_for_any_number_of_threads(kernels):
     threads = torch.get_num_threads()
     runs = []
     try:
@@ -307,8 +347,9 @@ def test_peak_memory(dtype, size):
     assert int(run.stdout) <= 0.05 * size * 12 * 1568**2
 
 
-def test_registration():
-    inputs, keywords, topk_keywords = make("odd")
+@pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
+def test_registration(backend):
+    inputs, keywords, topk_keywords = make("33 x 32")
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     num_keyframe, num_select = keywords["num_keyframe"], topk_keywords["num_select"]
     ops = torch.ops.evad_kernels
@@ -337,8 +378,9 @@ def test_compiles_without_graph_break(backend):
         plain = keyframe_attention(query, key, value, num_keyframe=query.shape[2]).output
         return output.sum() + importance.square().sum() + plain.square().mean()
 
+    H = 1 if backend == "triton" else 3
     for N, num_select in ((63, 20), (111, 50), (40, 7)):
-        inputs = [torch.randn(2, 3, N, 16, requires_grad=True) for _ in range(3)]
+        inputs = [torch.randn(2, H, N, 16, requires_grad=True) for _ in range(3)]
         loss = step(*inputs, num_select)
         grads = torch.autograd.grad(loss, inputs)
         eager = step._torchdynamo_orig_callable(*inputs, num_select)
@@ -421,11 +463,11 @@ def test_no_row_is_kept(backend):
     assert all((grad == 0).all() for grad in torch.autograd.grad(output.sum(), inputs))
 
 
-@every_isa
+@all_kernels
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("which", range(3), ids=["query", "key", "value"])
-def test_nan_and_infinity_spread_as_in_torch(isa, which, bad):
-    inputs, _, _ = make("odd")
+def test_nan_and_infinity_spread_as_in_torch(kernels, which, bad):
+    inputs, _, _ = make("all selected")
     inputs = [x.clone() for x in inputs]
     inputs[which][0, 1, 5, 3] = bad
     keywords = {"num_keyframe": 10}
@@ -435,9 +477,9 @@ def test_nan_and_infinity_spread_as_in_torch(isa, which, bad):
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
-@every_isa_and_dtype
+@all_kernels_and_dtypes
 @pytest.mark.parametrize("case", ["one token", "odd"])
-def test_huge_logits(isa, dtype, case):
+def test_huge_logits(kernels, dtype, case):
     (query, key, value), keywords, _ = make(case, dtype)
     scale = 1e15
     with use_backend("reference"):
@@ -495,12 +537,12 @@ def test_rejects_bad_input(backend, change, error, message):
             keyframe_attention(**arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("large", [1e2, 1e4])
-def test_gradient_of_saturated_rows(dtype, large):
+@all_kernels_and_dtypes
+def test_gradient_of_saturated_rows(kernels, dtype, large):
     """Where one probability is 1, no gradient may be left of it, however large the logits are."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, 2, 70, 16, generator=generator, dtype=torch.float64) for _ in range(3)]
+    inputs = [random(1, 2, 70, 16, generator=generator) for _ in range(3)]
     inputs[0][:, :, ::3] *= large
     inputs = [x.to(dtype) for x in inputs]
 
@@ -518,16 +560,30 @@ def test_gradient_of_saturated_rows(dtype, large):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape(data):
+    check_any_shape(data, DTYPES)
+
+
+@settings(max_examples=5 if _backend.INTERPRETED else 200, deadline=None)
+@given(data=st.data())
+def test_any_shape_in_triton(data):
+    if (reason := _backend.MISSING["triton"]) is not None:
+        pytest.skip(f"backend triton: {reason}")
+    on_gpu = nullcontext() if _backend.INTERPRETED else torch.device("cuda")
+    with use_backend("triton"), on_gpu:
+        check_any_shape(data, [torch.float32, torch.float16, *([] if _backend.INTERPRETED else [torch.bfloat16])])
+
+
+def check_any_shape(data, dtypes):
     B, H, N, D = (data.draw(st.integers(low, high)) for low, high in ((0, 2), (0, 3), (0, 60), (0, 70)))
     num_keyframe = data.draw(st.integers(0, N))
     num_select = data.draw(st.integers(0, N - num_keyframe))
-    dtype = data.draw(st.sampled_from(DTYPES))
+    dtype = data.draw(st.sampled_from(dtypes))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     inputs = []
     for _ in range(3):
         order = data.draw(st.permutations(range(4)))
         sizes = [(B, H, N, D)[i] for i in order]
-        memory = torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+        memory = random(sizes, generator=generator).to(dtype)
         tensor = memory.permute([order.index(i) for i in range(4)])
         if tensor.numel() and data.draw(st.booleans()):
             value = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf, 0.0, 1e4]))
