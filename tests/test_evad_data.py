@@ -1,6 +1,8 @@
 """evad.data: AVA's format from videos and frames, released preprocessing, what is wrong said by file and line."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +99,15 @@ def test_reads_back_what_synthetic_wrote(written):
         assert (clip - expected.clip).abs().mean() < 0.15  # of a standard deviation: H.264 blurs the noise
         torch.testing.assert_close(target["boxes"], expected.target["boxes"], rtol=0, atol=0.02)
         assert torch.equal(target["labels"], expected.target["labels"])
+
+
+def test_writes_from_the_command_line(tmp_path, monkeypatch):
+    words = ["--train", "1", "--val", "2", "--size", "32", "48", "--seed", "4"]
+    monkeypatch.setattr(sys, "argv", ["evad.data", str(tmp_path), *words])
+    runpy.run_module("evad.data", run_name="__main__")
+    assert len(list((tmp_path / "videos").iterdir())) == 3
+    dataset = data.build(section(tmp_path), "val", EVADConfig.tiny(short_side=32))
+    assert dataset[1].clip.shape == (3, 16, 32, 48)
 
 
 def test_frames_are_the_released_ones(tmp_path):

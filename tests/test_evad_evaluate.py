@@ -112,6 +112,21 @@ def test_a_model(tmp_path, capfd, checkpoint):
     np.testing.assert_allclose(*places, atol=1 / 24)  # the same boxes, scored anew, clipped to fewer pixels
 
 
+def test_ava_counts_sixty_classes(tmp_path, capfd):
+    """A dataset with AVA's 80 classes: the mean is over the 60 that AVA evaluates."""
+    (tmp_path / "media" / "v").mkdir(parents=True)
+    for number in (1, 2):
+        Image.new("RGB", (48, 48)).save(tmp_path / "media" / "v" / f"{number}.png")
+    (tmp_path / "gt.csv").write_text("v,900,0.1,0.1,0.5,0.5,2,0\nv,900,0.1,0.1,0.5,0.5,80,0\n")
+    section = {"name": "ava", "annotations": str(tmp_path / "gt.csv"), "media": str(tmp_path / "media")}
+    (tmp_path / "data.yaml").write_text(json.dumps(section))
+    words = ("--model", "tiny", "--size", 48, "--data", tmp_path / "data.yaml", "--workers", 0, "--device", "cpu")
+    status, out, err = run(capfd, *words, "--json", "--out", tmp_path)
+    assert status == 0, err
+    assert [row["id"] for row in json.loads(out)["classes"] if row["AP"] is not None] == [80]
+    assert len(json.loads(out)["classes"]) == 60
+
+
 def test_two_processes_equal_one(tmp_path, checkpoint):
     """Started as torchrun starts them: 5 clips over two processes, rank 0 reports all."""
     (tmp_path / "data.yaml").write_text("data:\n  name: synthetic\n  val: {clips: 5}\n")

@@ -188,7 +188,7 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
 
     from .. import data
     from ..data.tubes import read_annotations
-    from ..evaluation import collect, read_people, score
+    from ..evaluation import EVALUATED, collect, read_people, score
     from ..evaluation.model import detections as all_detections
     from ..evaluation.report import frame_document
     from ..evaluation.report import number as finite
@@ -222,6 +222,8 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
         )
     seconds = time.perf_counter() - begin
     names = dict(enumerate(labels, 1)) if args.labels is None else _label_map(args.labels)
+    if args.labels is None and labels == ava.ACTIONS:
+        names = {number: names[number] for number in EVALUATED}
     metrics = score(results, match_order=args.match_order, classes=sorted(names))
     if not rank:
         _write_detections(results, folder / "detections.csv")

@@ -1,14 +1,12 @@
 """Synthetic clips: actors whose actions only motion tells apart, rendered on the fly or written to disk.
 
 ``Synthetic`` is a dataset like any other. ``write`` makes videos, annotations in AVA's format and a label map of it,
-which ``evad.data.ava`` reads back: also ``python -m evad.data.synthetic FOLDER``.
+which ``evad.data.ava`` reads back: also ``python -m evad.data FOLDER``.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,21 +122,3 @@ def write(dataset: Synthetic, folder: str | Path) -> None:
                 for action in np.nonzero(actions)[0]:
                     place = [f"{value:.4f}" for value in box]
                     rows.writerow((name, ava.format_time(KEYFRAME), *place, action + 1, person))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m evad.data.synthetic", description=write.__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=200, metavar="N", help="clips of the split train [200]")
-    parser.add_argument("--val", type=int, default=50, metavar="N", help="clips of the split val [50]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, nargs=2, default=(96, 96), metavar=("H", "W"))
-    args = parser.parse_args()
-    for split, clips in (("train", args.train), ("val", args.val)):
-        if clips > 0:
-            write(Synthetic(split, clips=clips, seed=args.seed, fresh=False, size=tuple(args.size)), args.folder)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
