@@ -161,6 +161,7 @@ def gather_tokens_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_SUM: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64) // ranges
     first = tl.program_id(0).to(tl.int64) % ranges * ROWS
@@ -189,20 +190,26 @@ def gather_tokens_backward_kernel(
         c = offset + tl.arange(0, BLOCK_C)
         inside = (n < N)[:, None] & (c < C)[None, :]
         grad = tl.load(grad_kept + source[:, None] * C + c[None, :], mask=inside & present[:, None], other=0)
-        if repeated < stop:
-            total = tl.zeros([ROWS, BLOCK_C], tl.float64 if grad.dtype == tl.float64 else tl.float32)
+        tl.store(grad_tokens + (b * N + n)[:, None] * C + c[None, :], grad, mask=inside)
+
+    if repeated < stop:  # then the sums overwrite what was copied
+        tl.debug_barrier()
+        dtype: tl.constexpr = grad_kept.dtype.element_ty
+        for offset in range(0, C, BLOCK_SUM):
+            c = offset + tl.arange(0, BLOCK_SUM)
+            total = tl.zeros([ROWS, BLOCK_SUM], tl.float64 if dtype == tl.float64 else tl.float32)
             copies = tl.zeros([ROWS], tl.int32)
             name = index + repeated.to(tl.int64) * index_stride_k
             row = grad_kept + (num_keyframe + repeated.to(tl.int64)) * C
             for _ in range(repeated, stop):
-                copy = at == tl.load(name)  # a token of this program that row k copies
-                value = tl.load(row + c[None, :], mask=copy[:, None] & inside, other=0)
+                copy = (n < N) & (at == tl.load(name))  # a token of this program that the row copies
+                value = tl.load(row + c[None, :], mask=copy[:, None] & (c < C)[None, :], other=0)
                 total += value.to(total.dtype)
                 copies += copy.to(tl.int32)
                 name += index_stride_k
                 row += C
-            grad = tl.where((copies > 1)[:, None], rounded(total, grad.dtype), grad)
-        tl.store(grad_tokens + (b * N + n)[:, None] * C + c[None, :], grad, mask=inside)
+            inside = (copies > 1)[:, None] & (c < C)[None, :]
+            tl.store(grad_tokens + (b * N + n)[:, None] * C + c[None, :], rounded(total, dtype), mask=inside)
 
 
 def select(importance: Tensor, num_select: int) -> Tensor:
@@ -288,7 +295,8 @@ def gather_backward(grad_kept: Tensor, index: Tensor, num_keyframe: int, N: int)
         blocks(N, own),
         ROWS=own,
         BLOCK_K=BLOCK_K,
-        BLOCK_C=channels(source, 4 * own, num_warps),
+        BLOCK_C=channels(source, own, num_warps),
+        BLOCK_SUM=16,
         num_warps=num_warps,
     )
     return grad_tokens
