@@ -72,7 +72,9 @@ def gradients(
 
 
 def on_default_device(value: object) -> object:
-    """A CPU tensor on the default device, expanded dimensions still expanded; anything else as it is."""
+    """CPU tensors (one or a list) on the default device, expanded dimensions still expanded; anything else as it is."""
+    if isinstance(value, list):
+        return [on_default_device(x) for x in value]
     if not isinstance(value, Tensor) or value.device.type != "cpu":
         return value
     memory = value[tuple(slice(1) if stride == 0 else slice(None) for stride in value.stride())]

@@ -421,7 +421,7 @@ def test_autocast_changes_nothing(backend):
     inputs, _, keywords = make("odd")
     leaves = [x.clone().requires_grad_() for x in inputs]
     want = keyframe_attention_topk(*leaves, **keywords)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(leaves[0].device.type, torch.bfloat16):
         got = keyframe_attention_topk(*leaves, **keywords)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype
@@ -528,7 +528,8 @@ def test_isa_cap_from_the_environment():
 )
 def test_rejects_bad_input(backend, change, error, message):
     arguments = {name: torch.ones(2, 3, 5, 4) for name in ("query", "key", "value")}
-    arguments |= {"num_keyframe": 2, "num_select": 1, **change}
+    arguments |= {"num_keyframe": 2, "num_select": 1}
+    arguments |= {name: on_default_device(value) for name, value in change.items()}
     with pytest.raises(error, match=f"keyframe_attention_topk: {message}"):
         keyframe_attention_topk(**arguments)
     if "num_select" not in change:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evad_kernels import _backend, pyramid_roi_align, use_backend
-from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
+from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts, on_default_device
 
 GOLDEN = Path(__file__).parent / "golden" / "op_roi_and_boxes.npz"
 
@@ -389,5 +389,6 @@ def test_rejects_batch_index_outside(backend, bad):
 )
 def test_rejects_bad_input(backend, change, error, message):
     arguments = {"levels": [torch.ones(2, 3, 8 >> i, 8 >> i) for i in range(4)], "boxes": torch.zeros(2, 3, 4)}
+    arguments |= {name: on_default_device(value) for name, value in change.items()}
     with pytest.raises(error, match=f"pyramid_roi_align: {message}"):
-        pyramid_roi_align(**{**arguments, **change})
+        pyramid_roi_align(**arguments)

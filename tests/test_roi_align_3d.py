@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from evad_kernels import _backend, roi_align_3d, roi_pool_3d, use_backend
-from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts
+from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts, on_default_device
 
 GOLDEN = Path(__file__).parent / "golden" / "op_roi_and_boxes.npz"
 
@@ -656,5 +656,6 @@ def test_rejects_bad_input(backend, op, change, error, message):
         "boxes": torch.zeros(2, 3, 4),
         "grid": (1, 2, 3),
     }
+    arguments |= {name: on_default_device(value) for name, value in change.items()}
     with pytest.raises(error, match=f"{op}: {message}"):
-        OPS[op](**{**arguments, **change})
+        OPS[op](**arguments)
