@@ -9,6 +9,7 @@ the snapshot before it serves.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +73,8 @@ def write_snapshot(
         draft.rename(path)
         _flush(folder)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = _reason(error, folder)
+        what = " ".join(str(error).split()) or type(error).__name__
+        reason = f"the disk of {folder} is full" if is_full(folder, error) else what
         shutil.rmtree(draft, ignore_errors=True)
         raise TrainingError(
             f"the checkpoint of step {step} cannot be written: {reason}; {last_good(folder)}"
@@ -80,6 +82,22 @@ def write_snapshot(
     for old in snapshots(folder)[:-keep]:
         _delete(old)
     return path
+
+
+def claim(folder: Path) -> IO:
+    """Make the folder this process's for as long as it lives and the returned file is open.
+
+    Raises:
+        ValueError: another process has it: a run that was not killed, or not yet.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of those that load its data
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(f"{folder} is in use by another process that trains") from error
+    return file
 
 
 def read_snapshot(folder: Path) -> Snapshot | None:
@@ -142,10 +160,8 @@ def _delete(path: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _reason(error: Exception, folder: Path) -> str:
-    """Why a write failed, asked while what there is of it still takes up space: torch does not pass on what the system
-    said."""
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-    if full or shutil.disk_usage(folder).free < FULL:
-        return f"the disk of {folder} is full"
-    return " ".join(str(error).split()) or type(error).__name__
+def is_full(folder: Path, error: Exception) -> bool:
+    """Whether a write failed for want of space. torch and safetensors do not pass on what the system said; so ask while
+    what there is of the file still takes up space."""
+    said = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    return said or shutil.disk_usage(folder).free < FULL

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import errno
 import json
 import os
 import time
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -40,7 +40,7 @@ from .detector import EVAD
 from .evaluation import EVALUATED, collect, score
 from .losses import Counts, count
 from .recipe import Run, learning_rate, parameter_groups
-from .snapshots import TrainingError, last_good, read_snapshot, snapshots, write_snapshot
+from .snapshots import TrainingError, claim, is_full, last_good, read_snapshot, snapshots, write_snapshot
 
 Evaluate = Callable[[EVAD], dict[str, float]]
 
@@ -115,7 +115,8 @@ class Trainer:
         evaluate: Called after an epoch, on every rank, with the model in evaluation mode; returns named numbers, which
             rank 0 logs.
     Raises:
-        ValueError: a batch that cannot be divided as asked, or a folder that holds a run of another model or data.
+        ValueError: a batch that cannot be divided as asked; a folder that another process trains in, or that holds a
+            run of another model or data.
         TrainingError: a folder whose checkpoints are all damaged.
     """
 
@@ -143,6 +144,7 @@ class Trainer:
         if not self.epoch_steps:
             raise ValueError(f"data: {len(dataset)} clips are less than one batch of {self.config.batch_size}")
         self.steps = self.epoch_steps * self.config.epochs
+        self.claimed = claim(self.folder) if self.rank == 0 else None
         if self.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
@@ -174,12 +176,14 @@ class Trainer:
         self.report, self.stop = report, stop
         try:
             return self._fit()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except (OSError, SafetensorError) as error:
+            if not is_full(self.folder, error):
                 raise
-            raise TrainingError(
-                f"step {self.step}: the disk of {self.folder} is full; {last_good(self.snapshots)}"
-            ) from error
+            left = last_good(self.snapshots)
+            raise TrainingError(f"step {self.step}: the disk of {self.folder} is full; {left}") from error
+        finally:
+            if self.log is not None:
+                self.log.close()
 
     def _fit(self) -> Result:
         if self.step and self.step % self.epoch_steps == 0:  # killed between a checkpoint and its evaluation?
@@ -195,7 +199,6 @@ class Trainer:
             draft = path.with_name(f".{path.name}.draft")
             write_weights(weights, self.config, draft, self.labels)
             draft.replace(path)
-            self.log.close()
         return Result(self.step, self.started_at, False, self.losses_now, self.metrics, path)
 
     def _epoch(self, epoch: int) -> str:

@@ -314,7 +314,7 @@ def test_killed_at_random_ends_the_same(workers, tmp_path):
         [line.rpartition(",")[0] for line in (path / "log.csv").read_text().splitlines()] for path in (whole, killed)
     ]
     assert logs[0] == logs[1]  # but for the speed
-    assert not list(killed.rglob(".*"))
+    assert [path.name for path in killed.rglob(".*")] == [".lock"]
 
 
 def test_stopped_goes_on(tmp_path):
@@ -396,6 +396,19 @@ def test_another_models_folder_is_refused(tmp_path):
         fit(tmp_path, micro_run(model={"keep_rate": 0.5}))
     with pytest.raises(ValueError, match="data: steps an epoch = 3, not 2"):
         fit(tmp_path, micro_run(epochs=1), Clips(8))
+
+
+def test_folder_in_use_is_refused(tmp_path):
+    trainer = Trainer(micro_run(), Clips(), tmp_path)
+    child = os.fork()
+    if child == 0:
+        try:
+            Trainer(micro_run(), Clips(), tmp_path)
+        except ValueError as error:
+            os._exit(7 if "is in use by another process that trains" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert trainer.fit().steps == 6
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
