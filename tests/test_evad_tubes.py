@@ -140,7 +140,7 @@ def test_clips_around_frames(tmp_path, annotations):
     assert ((clip[0, :, 0, 0] * 0.225 + 0.45) * 255 / 10).round().tolist() == [1, 1, 3, 5]
     np.testing.assert_allclose(target["boxes"], [[4, 3, 12, 15]], rtol=1e-6)  # 80 x 60 pixels became 40 x 30
     assert target["labels"].tolist() == [[1, 0]]
-    assert len(data.build(section | {"every": 2, "fold": 2}, "train")) == 3
+    assert len(data.build(section | {"every": 2}, "train")) == len(data.build(section | {"every": 2}, "val")) == 3
     (tmp_path / "media" / "swing" / "b").rename(tmp_path / "moved")
     with pytest.raises(DataError, match="no video or folder 'swing/b'"):
         data.build(section, "val")
@@ -246,3 +246,6 @@ def test_evaluates_files_and_a_model(tmp_path, annotations, capfd):
     assert main([*words, "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     out = capfd.readouterr().out
     assert "video mAP at IoU 0.2:" in out and "swing" in out
+    (tmp_path / "data.yaml").write_text(json.dumps(section | {"val": {"every": 2}}))
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "every must be 1" in capfd.readouterr().err

@@ -193,6 +193,8 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
     from ..evaluation.report import frame_document
     from ..evaluation.report import number as finite
 
+    if args.protocol in TUBES and {**section, **section.get(args.split, {})}.get("every", 1) != 1:
+        raise CommandError("--data: video mAP links every frame, so its option every must be 1")
     built = build(args)
     if args.size is not None:
         section = section | {"short_side": args.size}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import ava as format
+from ..ava import ACTIONS, Row, read_labels, read_rows, read_seconds
 from ..problems import DataError, Problems
 from ..video import MAX_SIZE
 from .clips import Clips, Entry
@@ -62,11 +62,11 @@ def read_ava(
     problems, root = Problems(on_error), Path(media)
     if not root.is_dir():
         raise DataError(f"{media}: is not a folder (media)")
-    names = format.ACTIONS if labels is None else _read_labels(labels)
-    excluded = format.read_seconds(exclude) if exclude else set()
+    names = ACTIONS if labels is None else _read_labels(labels)
+    excluded = read_seconds(exclude) if exclude else set()
     people: dict[tuple[str, float], dict[tuple[str, ...], set[int]]] = {}  # key -> box as written -> actions
     paths: dict[str, Path | None] = {}
-    for row in format.read_rows(annotations, problems):
+    for row in read_rows(annotations, problems):
         key = row.video, row.second
         if key in excluded:
             continue
@@ -114,7 +114,7 @@ def read_csv(split: str, *, annotations: str, media: str, labels: str, start: fl
     return read_ava(split, annotations=annotations, media=media, labels=labels, start=start, **options)
 
 
-def _wrong(row: format.Row, num_classes: int) -> str:
+def _wrong(row: Row, num_classes: int) -> str:
     """What is wrong with a line of annotations, or ""."""
     x1, y1, x2, y2 = row.box
     if not 1 <= row.action <= num_classes:
@@ -135,7 +135,7 @@ def _arrays(boxes: dict[tuple[str, ...], set[int]], num_classes: int) -> tuple[n
 
 def _read_labels(path: str) -> tuple[str, ...]:
     try:
-        return format.read_labels(path)
+        return read_labels(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror} (labels)") from error
     except ValueError as error:

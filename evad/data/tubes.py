@@ -158,7 +158,7 @@ def read_tubes(
         annotations: The pickle (UCF101v2-GT.pkl, JHMDB-GT.pkl).
         media: Folder that has, for a video's name, a folder of numbered frames or a video file.
         fold: Which of the splits that the annotations have, from 1.
-        every: In training, take only each ``every``-th annotated frame of a video.
+        every: Take only each ``every``-th frame. Video mAP needs all.
         on_error: "fail", or "skip" and count what cannot be used.
         flip, seed, short_sides, max_size: As for ``read_ava``.
         num_frames, frame_stride, short_side, pixel_mean, pixel_std: What the model needs.
@@ -181,8 +181,8 @@ def read_tubes(
         for label, tube in known.tubes.get(video, ()):
             for frame, box in zip(tube.frames.tolist(), tube.boxes, strict=True):
                 boxes.setdefault(frame, []).append((label, box))
-        frames = sorted(boxes)[::every] if training else range(1, known.frames.get(video, 0) + 1)
-        for frame in frames:
+        frames = sorted(boxes) if training else range(1, known.frames.get(video, 0) + 1)
+        for frame in frames[::every]:
             people = boxes.get(frame, ())
             table = np.array([box for _, box in people], np.float64).reshape(-1, 4)
             labels = np.eye(len(known.labels), dtype=np.float32)[[label - 1 for label, _ in people]]

@@ -152,7 +152,7 @@ def link(frames: np.ndarray, boxes: np.ndarray, scores: np.ndarray, linking: Lin
         if not len(rows):
             break
         frame = frames[rows[0]]
-        rows = suppress(rows, boxes, linking.nms)[: linking.best]
+        rows = suppress(rows, boxes, linking.nms, linking.best)
         late = [tube for tube in going if frame - frames[tube[-1]] > linking.patience]
         ended += late
         going = [tube for tube in going if not any(tube is other for other in late)]
@@ -175,10 +175,12 @@ def link(frames: np.ndarray, boxes: np.ndarray, scores: np.ndarray, linking: Lin
     return kept
 
 
-def suppress(rows: np.ndarray, boxes: np.ndarray, threshold: float) -> np.ndarray:
-    """Those of ``rows`` (best first) that no better one overlaps by ``threshold``."""
+def suppress(rows: np.ndarray, boxes: np.ndarray, threshold: float, most: int) -> np.ndarray:
+    """The first ``most`` of ``rows`` (best first) that no better one overlaps by ``threshold``."""
     kept: list[int] = []
     for row in rows:
+        if len(kept) == most:
+            break
         if not kept or iou(np.repeat(boxes[[row]], len(kept), 0), boxes[kept]).max() < threshold:
             kept.append(int(row))
     return np.array(kept, np.int64)
