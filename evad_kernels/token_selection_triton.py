@@ -313,10 +313,10 @@ def shipped(architecture: int) -> Iterator[Launch]:
     for N in (1568, 4608, 16384):
         num_keyframe = N // 8
         num_select = int(0.7 * N) - num_keyframe
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            importance = torch.empty(8, N - num_keyframe, dtype=dtype, device="meta")
-            yield from recorded(architecture, select, importance, num_select)
-            yield from recorded(architecture, select_with_slots, importance, num_select)
+        importance = torch.empty(8, N - num_keyframe, device="meta")
+        yield from recorded(architecture, select, importance, num_select)
+        yield from recorded(architecture, select_with_slots, importance, num_select)
+        yield from recorded(architecture, select, importance.half(), num_select)
         index = torch.empty(8, num_select, dtype=torch.int64, device="meta")
         yield from recorded(architecture, gather, index.new_empty(8, N), index, num_keyframe)
         for dtype in (torch.bfloat16, torch.float32):
