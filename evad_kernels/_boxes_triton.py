@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -47,11 +47,6 @@ class Tile(NamedTuple):
     def warps(self, *shape: int) -> int:
         """For a tile of ``shape`` where the whole one is too large."""
         return min(max(math.prod(shape) // (32 * self.each), 1), 8)
-
-
-def for_architecture(table: dict[int, Any], architecture: int) -> Any:
-    """The entry of the newest architecture that is not newer than this one, or of the oldest."""
-    return table[max((known for known in table if known <= architecture), default=min(table))]
 
 
 class Levels(NamedTuple):
@@ -268,7 +263,7 @@ def add_bins(total, grad, C, c, rows, columns, window, y, x, height, width, oh, 
     for q in range(first_q, end_q):
         of_rows = tl.zeros([y.shape[0], c.shape[0]], tl.float32)
         for p in range(first_p, end_p):
-            g = tl.load(grad + (p * ow + q) * C + c, mask=c < C, other=0).to(tl.float32)
+            g = tl.load(grad + (tl.cast(p, tl.int64) * ow + q) * C + c, mask=c < C, other=0).to(tl.float32)
             of_rows += tl.load(rows + y * oh + p, mask=y < height, other=0)[:, None] * g[None, :]
         of_column = tl.load(columns + x * ow + q, mask=x < width, other=0)
         total += of_rows[:, None, :] * of_column[None, :, None]

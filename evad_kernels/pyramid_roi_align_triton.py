@@ -21,16 +21,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ._boxes_triton import BoxesByImage, Levels, Tile, add_bins, box_tables, boxes_of, for_architecture, touches
-from ._triton import Launch, architecture, blocks, launch, power_of_two, recorded, rounded
+from ._boxes_triton import BoxesByImage, Levels, Tile, add_bins, box_tables, boxes_of, touches
+from ._triton import Launch, blocks, launch, power_of_two, recorded, rounded
 from .pyramid_roi_align import _backward_fake, _forward_fake
 
 TAPS = 3  # columns of a bin whose loads go out together: as many as two samples touch where a bin is up to 2 cells wide
 
-# Tiles by architecture. Forward: [channels, bins of a row]; backward: [rows, columns, channels].
-_FORWARD, _BACKWARD = Tile((32, 8), 4, 128), Tile((8, 8, 32), 32, 216)
-FORWARD = {80: _FORWARD, 90: _FORWARD, 100: _FORWARD}
-BACKWARD = {80: _BACKWARD, 90: _BACKWARD, 100: _BACKWARD}
+# Tiles, the same on sm_80, 90 and 100.
+FORWARD = Tile((32, 8), 4, 128)  # [channels, bins of a row]
+BACKWARD = Tile((8, 8, 32), 32, 216)  # [rows, columns, channels]
 
 
 @triton.jit
@@ -184,8 +183,7 @@ def forward(levels, corners, batch, strides, output, *sampling):
     sizes = [size for level in levels for size in level.shape[2:]]
     tables = _tables(corners, batch, B, sizes, strides, output, *sampling)
     channels_last = all(level.stride(1) == 1 or C == 1 for level in levels)
-    tile = for_architecture(FORWARD, architecture(samples))
-    channels, columns = map(min, tile.shape, map(power_of_two, (C, ow)))
+    channels, columns = map(min, FORWARD.shape, map(power_of_two, (C, ow)))
     launch(
         pyramid_roi_align_forward_kernel,
         (R, blocks(C, channels)),
@@ -209,9 +207,9 @@ def forward(levels, corners, batch, strides, output, *sampling):
         TAPS=TAPS,
         CHANNELS=channels,
         COLUMNS=columns,
-        num_warps=tile.warps(channels, columns),
+        num_warps=FORWARD.warps(channels, columns),
         fp_fusion=True,
-        max_registers=tile.registers,
+        max_registers=FORWARD.registers,
     )
     return samples
 
@@ -226,8 +224,7 @@ def backward(grad_samples, B, sizes, corners, batch, strides, output, *sampling)
     grad_levels = _backward_fake(grad_samples, B, sizes)
     (R, C), (oh, ow) = grad_samples.shape[:2], output
     tables = _tables(corners, batch, B, sizes, strides, output, *sampling)
-    tile = for_architecture(BACKWARD, architecture(grad_samples))
-    rows, columns, channels = map(min, tile.shape, map(power_of_two, (max(sizes[::2]), max(sizes[1::2]), C)))
+    rows, columns, channels = map(min, BACKWARD.shape, map(power_of_two, (max(sizes[::2]), max(sizes[1::2]), C)))
     tiles = sum(blocks(h, rows) * blocks(w, columns) for h, w in zip(sizes[::2], sizes[1::2], strict=True))
     launch(
         pyramid_roi_align_backward_kernel,
@@ -252,9 +249,9 @@ def backward(grad_samples, B, sizes, corners, batch, strides, output, *sampling)
         COLUMNS=columns,
         CHANNELS=channels,
         BINS=power_of_two(max(output)),
-        num_warps=tile.warps(rows, columns, channels),
+        num_warps=BACKWARD.warps(rows, columns, channels),
         fp_fusion=True,
-        max_registers=tile.registers,
+        max_registers=BACKWARD.registers,
     )
     return grad_levels
 

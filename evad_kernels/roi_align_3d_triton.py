@@ -26,23 +26,18 @@ import triton
 import triton.language as tl
 
 from . import _cells
-from ._boxes_triton import BoxesByImage, Tile, add_bins, box_tables, boxes_of, for_architecture, touches
+from ._boxes_triton import BoxesByImage, Tile, add_bins, box_tables, boxes_of, touches
 from ._cells_triton import cell_map
-from ._triton import Launch, architecture, blocks, launch, power_of_two, recorded, rounded
+from ._triton import Launch, blocks, launch, power_of_two, recorded, rounded
 from .roi_align_3d import _align_fake, _backward_fake, _pool_fake
 
 TAPS = 3  # columns of a bin whose loads go out together: as many as two samples touch where a bin is up to 2 cells wide
-
-
 COLUMNS = 8  # of bins, in a tile of the forward
-
-
-# Tiles by architecture. Forward: [frames, COLUMNS, channels] by bytes of an element, rows of 128 bytes.
-_FORWARD = {2: Tile((4, COLUMNS, 64), 8, 128), 4: Tile((4, COLUMNS, 32), 8, 128)}
-FORWARD = {80: _FORWARD, 90: _FORWARD, 100: _FORWARD}
-# Backward: [rows, columns, channels].
-_BACKWARD = Tile((8, 8, 32), 32, 216)
-BACKWARD = {80: _BACKWARD, 90: _BACKWARD, 100: _BACKWARD}
+# Tiles, the same on sm_80, 90 and 100. Forward: [frames, COLUMNS, channels] by bytes of an element, rows of 128 bytes.
+FORWARD = {2: Tile((4, COLUMNS, 64), 8, 128), 4: Tile((4, COLUMNS, 32), 8, 128)}
+# Backward: [rows, columns, channels]; of the pool by bytes of an element.
+ALIGN_BACKWARD = Tile((8, 8, 32), 32, 216)
+POOL_BACKWARD = {2: Tile((8, 8, 32), 32, 168), 4: Tile((8, 8, 32), 32, 216)}
 PROGRAMS = 768  # of a backward, at least, where images can be split
 
 
@@ -222,7 +217,39 @@ def roi_3d_forward_kernel(
         tl.store(result + r * C + c, rounded(mean / T, DTYPE), mask=c < C)
 
 
-@triton.jit(do_not_specialize=["boxes_per_image", "B", "images", "K", "T", "Gh", "Gw", "oh", "ow", "tiles", "tiles_x"])
+@triton.jit
+def box_and_gradient(
+    i,
+    R,
+    order,
+    span,
+    largest,
+    grad,
+    first_y,
+    first_x,
+    t,
+    c,
+    C,
+    T,
+    TUBES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Item of box i, at most the last; whether it weighs in the tile; for the pool, its maxima's bins and gradient."""
+    i = tl.minimum(tl.cast(i, tl.int64), R - 1)
+    r = i if order is None else tl.load(order + i)
+    item = r * T + t if TUBES else r
+    is_near = touches(span + item * 4, first_y, first_y + ROWS, first_x, first_x + COLUMNS)
+    bin, g = tl.zeros_like(c), tl.zeros_like(c).to(tl.float32)
+    if largest is not None:
+        bin = tl.load(largest + (r * T + t) * C + c, mask=c < C, other=0).to(tl.int32)
+        g = tl.load(grad + r * C + c, mask=c < C, other=0).to(tl.float32) / T
+    return item, is_near, bin, g
+
+
+@triton.jit(
+    do_not_specialize=["boxes_per_image", "R", "B", "images", "K", "T", "Gh", "Gw", "oh", "ow", "tiles", "tiles_x"]
+)
 def roi_3d_backward_kernel(
     grad,  # of samples, [R, T, oh, ow, C], or of pooled, [R, C]
     largest,  # [R, T, C], or None
@@ -235,6 +262,7 @@ def roi_3d_backward_kernel(
     grad_tokens,  # [B, K, C]
     partial,  # [groups, cells, C] or [groups, T * tiles, C] float32, or None
     boxes_per_image,
+    R,
     B,
     images,  # of a program
     K,
@@ -268,36 +296,28 @@ def roi_3d_backward_kernel(
     for b in range(group * images, tl.minimum((group + 1) * images, B)):
         total = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.float32)
         first_box, end_box = boxes_of(b, order, begin, boxes_per_image)
+        # What is read of the next box is on its way while one is added: the loop waits for little else.
+        item, is_near, bin, g = box_and_gradient(
+            first_box, R, order, span, largest, grad, first_y, first_x, t, c, C, T, TUBES, ROWS, COLUMNS
+        )
         for i in range(first_box, end_box):
-            r = tl.cast(i, tl.int64) if order is None else tl.load(order + i)
-            item = r * T + t if TUBES else r
-            if touches(span + item * 4, first_y, first_y + ROWS, first_x, first_x + COLUMNS):
+            next_item, next_is_near, next_bin, next_g = box_and_gradient(
+                i + 1, R, order, span, largest, grad, first_y, first_x, t, c, C, T, TUBES, ROWS, COLUMNS
+            )
+            if is_near:
                 rows = weight + item * (Gh * oh + Gw * ow)
                 columns = rows + Gh * oh
                 if largest is None:
-                    total = add_bins(
-                        total,
-                        grad + (r * T + t) * oh * ow * C,
-                        C,
-                        c,
-                        rows,
-                        columns,
-                        window + item * 2 * (oh + ow),
-                        y,
-                        x,
-                        Gh,
-                        Gw,
-                        oh,
-                        ow,
-                        BINS,
-                    )
+                    r = item // T if TUBES else item
+                    bins = window + item * 2 * (oh + ow)
+                    of_frame = grad + (r * T + t) * oh * ow * C
+                    total = add_bins(total, of_frame, C, c, rows, columns, bins, y, x, Gh, Gw, oh, ow, BINS)
                 else:
-                    bin = tl.load(largest + (r * T + t) * C + c, mask=c < C, other=0).to(tl.int32)
-                    g = tl.load(grad + r * C + c, mask=c < C, other=0).to(tl.float32) / T
                     p, q = bin // ow, bin % ow
                     of_row = tl.load(rows + y[:, None] * oh + p[None, :], mask=(y < Gh)[:, None], other=0)
                     of_column = tl.load(columns + x[:, None] * ow + q[None, :], mask=(x < Gw)[:, None], other=0)
                     total += (g[None, :] * of_row)[:, None, :] * of_column[None, :, :]
+            item, is_near, bin, g = next_item, next_is_near, next_bin, next_g
         image = tl.cast(b, tl.int64)
         k = tl.load(slot + image * T * Gh * Gw + cell, mask=exists, other=0)
         kept = exists & (k >= 0)
@@ -339,7 +359,7 @@ def _forward(tokens, background, position, corners, batch, grid, output, samplin
     background = None if background is None else background.contiguous()
     tables = _tables(corners, batch, B, grid, output, *sampling)
     tubes = corners.ndim == 3
-    tile = for_architecture(FORWARD, architecture(tokens))[tokens.element_size()]
+    tile = FORWARD[tokens.element_size()]
     frames, columns, channels = map(
         min, tile.shape, (1 if tubes else power_of_two(T), power_of_two(ow), power_of_two(C))
     )
@@ -391,9 +411,11 @@ def backward(grad, largest, position, corners, batch, grid, output, *sampling_an
     R, (T, Gh, Gw), (oh, ow) = corners.shape[0], grid, output
     _, grad_background = _backward_fake(grad, largest, position, corners, batch, grid, *sampling_and_fill)
     grad_tokens = grad.new_zeros(B, K, C)
+    if R == 0:
+        return grad_tokens, grad_background.zero_()
     grad = grad.contiguous() if grad.ndim == 2 else grad.permute(0, 2, 3, 4, 1).contiguous()
     tables = _tables(corners, batch, B, grid, output, *sampling)
-    tile = for_architecture(BACKWARD, architecture(grad))
+    tile = ALIGN_BACKWARD if largest is None else POOL_BACKWARD[grad.element_size()]
     rows, columns, channels = map(min, tile.shape, map(power_of_two, (Gh, Gw, C)))
     tiles_x = blocks(Gw, columns)
     tiles = tiles_x * blocks(Gh, rows)
@@ -418,6 +440,7 @@ def backward(grad, largest, position, corners, batch, grid, output, *sampling_an
         grad_tokens,
         partial,
         R // max(B, 1),
+        R,
         B,
         images,
         K,
