@@ -124,7 +124,7 @@ def _dot_rows(a, a_tile, b, b_tile, FORM: tl.constexpr):
     if FORM.SLICE == FORM.BLOCK_D:
         return _dot(a_tile, tl.trans(b_tile), None, FORM)
     else:  # products without tensor cores hold their operands in registers
-        product = tl.zeros([a_tile.shape[0], b_tile.shape[0]], tl.float32)
+        product = tl.full([a_tile.shape[0], b_tile.shape[0]], 0.0, tl.float32)
         for begin in range(0, FORM.BLOCK_D, FORM.SLICE):
             a_slice = _load(a[0], a[1], a[2], begin, FORM.SLICE, FORM)
             b_slice = _load(b[0], b[1], b[2], begin, FORM.SLICE, FORM)
@@ -184,8 +184,8 @@ def keyframe_attention_forward_kernel(
     values = _head(value, value_b, value_h, value_n, head, H, FORM)
 
     maximum = tl.full([FORM.ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([FORM.ROWS], tl.float32)
-    result = tl.zeros([FORM.ROWS, FORM.BLOCK_D], tl.float32)
+    total = tl.full([FORM.ROWS], 0.0, tl.float32)
+    result = tl.full([FORM.ROWS, FORM.BLOCK_D], 0.0, tl.float32)
     whole = N // FORM.KEYS * FORM.KEYS
     for begin in range(0, whole, FORM.KEYS):
         j = begin + tl.arange(0, FORM.KEYS)
@@ -226,7 +226,7 @@ def keyframe_attention_score_kernel(
     queries = _head(query, query_b, query_h, query_n, head, H, FORM)
     lse += head * N
 
-    column = tl.zeros([FORM.KEYS], tl.float64)
+    column = tl.full([FORM.KEYS], 0.0, tl.float64)
     for begin in range(0, N, FORM.ROWS):
         i = begin + tl.arange(0, FORM.ROWS)
         maximum, log_sum = _statistics(lse, plane, i, i < N)
@@ -355,7 +355,7 @@ def keyframe_attention_backward_term_kernel(
     maximum, log_sum = _statistics(lse + head * N, plane, i, r < end)
     weight = _weight(i, num_keyframe, keyframe_weight, share)
 
-    total = tl.zeros([FORM.ROWS], tl.float32)
+    total = tl.full([FORM.ROWS], 0.0, tl.float32)
     whole = N // FORM.KEYS * FORM.KEYS
     for begin in range(0, whole, FORM.KEYS):
         j = begin + tl.arange(0, FORM.KEYS)
@@ -405,7 +405,7 @@ def keyframe_attention_backward_query_kernel(
     begin_row = first + tl.program_id(0) % per_head * FORM.ROWS
     r = begin_row + tl.arange(0, FORM.ROWS)
     i = _token(row, head, H, N, r, r < end)
-    result = tl.zeros([FORM.ROWS, FORM.BLOCK_D], tl.float32)
+    result = tl.full([FORM.ROWS, FORM.BLOCK_D], 0.0, tl.float32)
     if grad_output is not None or grad_importance is not None:  # noqa: SIM102 (known to the compiler, the next is not)
         if begin_row < rows:
             queries = _head(query, query_b, query_h, query_n, head, H, FORM), i, r < rows
@@ -504,8 +504,8 @@ def keyframe_attention_backward_key_kernel(
         arriving = _arriving(grad_importance, head, H, N, num_keyframe, j)
     enlarge = 1.0 if unit is None else tl.load(unit + head)
 
-    key_sum = tl.zeros([FORM.KEYS, FORM.BLOCK_D], tl.float32)
-    value_sum = tl.zeros([FORM.KEYS, FORM.BLOCK_D], tl.float32)
+    key_sum = tl.full([FORM.KEYS, FORM.BLOCK_D], 0.0, tl.float32)
+    value_sum = tl.full([FORM.KEYS, FORM.BLOCK_D], 0.0, tl.float32)
     rest = 0
     if grad_output is not None:
         values = _head(value, value_b, value_h, value_n, head, H, FORM), j, j < N
