@@ -210,6 +210,11 @@ def backends() -> Backends:
     return Backends({op: {backend: reason(op, backend) for backend in BACKENDS} for op in IMPLEMENTED})
 
 
+def rows(tensor: Tensor) -> Tensor:
+    """``tensor`` with its last dimension contiguous, copied only if it is not."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
 def launch(kernel: str, where: Tensor, *arguments: object) -> None:
     """Run a native kernel on ``where``'s device: on torch's CPU threads, or on the GPU's current stream."""
     if where.is_cuda:

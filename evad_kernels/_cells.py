@@ -36,11 +36,6 @@ def check_fill(op: str, argument: str, fill: Tensor | None, tokens: Tensor, cell
         _check.fail(op, argument, f"[C] or [T*Gh*Gw, C] = [{C}] or [{cells}, {C}]", list(fill.shape))
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """``tensor`` with its last dimension contiguous, copied only if it is not."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
 def cell_map(op: str, position: Tensor, cells: int) -> Tensor:
     """slot [B, cells] int32 by the native module; a position outside raises on the CPU and is left out on a GPU."""
     B, K = position.shape

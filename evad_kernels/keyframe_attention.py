@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backend, _cells, _check
+from . import _backend, _check
 from ._registration import register
 from .token_selection import _select_native, gather_tokens_reference, select_tokens_reference
 
@@ -238,7 +238,7 @@ def _forward_cpu(query, key, value, num_keyframe, keyframe_weight, scale):
     if H == 0:
         importance.zero_()
     elif B > 0 and N > 0:
-        query, key, value = _cells.rows(query), _cells.rows(key), _cells.rows(value)
+        query, key, value = _backend.rows(query), _backend.rows(key), _backend.rows(value)
         _backend.native.keyframe_attention_forward(
             _sizes(query, num_keyframe),
             scale,
@@ -298,8 +298,8 @@ def _backward_cpu(
     )
     if query.numel() == 0:
         return grads
-    query, key, value = _cells.rows(query), _cells.rows(key), _cells.rows(value)
-    grad_output = None if grad_output is None else _cells.rows(grad_output)
+    query, key, value = _backend.rows(query), _backend.rows(key), _backend.rows(value)
+    grad_output = None if grad_output is None else _backend.rows(grad_output)
     grad_importance = None if grad_importance is None else grad_importance.contiguous()
     lse = torch.add(lse[0], lse[1], alpha=abs(scale))
     _backend.native.keyframe_attention_backward(

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _cells
+from . import _backend
 from ._triton import INTERPRETED, Launch, architecture, blocks, launch, power_of_two, recorded, rounded
 from .keyframe_attention import _backward_fake, _forward_fake
 from .keyframe_attention_tuning import tile
@@ -720,7 +720,7 @@ def _exponent(scale: float) -> tuple[float, int]:
 
 def _common_vector(*tensors: Tensor | None) -> tuple[int, list[Tensor | None]]:
     """How many elements all rows are aligned to, 16 bytes or 1, and the tensors with contiguous rows."""
-    tensors = [None if x is None else _cells.rows(x) for x in tensors]
+    tensors = [None if x is None else _backend.rows(x) for x in tensors]
     given = [x for x in tensors if x is not None]
     vector = 16 // given[0].element_size()
     aligned = all(

@@ -210,7 +210,7 @@ def _run(kernel, op, tokens, background, position, sampling, *results):
     corners, batch, grid, output, scale, samples, aligned = sampling
     dtype = tokens.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    tokens = _cells.rows(tokens.to(wide))
+    tokens = _backend.rows(tokens.to(wide))
     background = None if background is None else background.to(wide).contiguous()
     corners, batch = corners.contiguous(), None if batch is None else batch.contiguous()
     slot = _cells.cell_map(op, position, math.prod(grid))

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _cells
+from . import _backend
 from ._boxes_triton import BoxesByImage, Tile, add_bins, box_tables, boxes_of, touches
 from ._cells_triton import cell_map
 from ._triton import Launch, blocks, launch, power_of_two, recorded, rounded
@@ -355,7 +355,7 @@ def _forward(tokens, background, position, corners, batch, grid, output, samplin
     """Fills ``result``, samples or pooled by its dimensions, and ``largest``."""
     B, _, C = tokens.shape
     R, (T, Gh, Gw), (oh, ow) = corners.shape[0], grid, output
-    tokens = _cells.rows(tokens)
+    tokens = _backend.rows(tokens)
     background = None if background is None else background.contiguous()
     tables = _tables(corners, batch, B, grid, output, *sampling)
     tubes = corners.ndim == 3

@@ -58,7 +58,7 @@ def _forward_native(tokens: Tensor, position: Tensor, fill: Tensor | None, cells
     dense = tokens.new_empty(B, cells, C)
     if dense.numel() == 0:
         return dense
-    tokens = _cells.rows(tokens)
+    tokens = _backend.rows(tokens)
     fill = None if fill is None else fill.contiguous()
     _backend.launch(
         "scatter_tokens_forward",

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _cells
+from . import _backend
 from ._cells_triton import BLOCK_K, cell_map, own_cells, ownership
 from ._triton import Launch, bits, blocks, channels, launch, recorded, rounded
 from .scatter_tokens import _backward_fake, _forward_fake
@@ -159,7 +159,7 @@ def scatter_tokens_backward_sum_kernel(
 def forward(tokens: Tensor, position: Tensor, fill: Tensor | None, cells: int) -> Tensor:
     B, K, C = tokens.shape
     dense = _forward_fake(tokens, position, fill, cells)
-    tokens = bits(_cells.rows(tokens))
+    tokens = bits(_backend.rows(tokens))
     fill_stride = C if fill is not None and fill.ndim == 2 else 0
     own, num_warps = ownership(B * cells)
     ranges = blocks(cells, own)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _backend, _cells, _check
+from . import _backend, _check
 from ._registration import register
 
 
@@ -136,7 +136,7 @@ _select = register(
 def _gather_native(tokens: Tensor, index: Tensor, num_keyframe: int) -> Tensor:
     B, N, C = _shape(tokens)
     kept = _gather_fake(tokens, index, num_keyframe)
-    tokens = tokens if tokens.ndim == 2 else _cells.rows(tokens)
+    tokens = tokens if tokens.ndim == 2 else _backend.rows(tokens)
     _backend.launch(
         "gather_tokens_forward",
         tokens,

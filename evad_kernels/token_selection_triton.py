@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _cells
+from . import _backend
 from ._cells_triton import BLOCK_K, own_cells, ownership
 from ._triton import Launch, bits, blocks, channels, launch, power_of_two, recorded, rounded
 from .token_selection import _gather_backward_fake, _gather_fake, _select_fake
@@ -249,7 +249,7 @@ def _select(importance: Tensor, num_select: int, index: Tensor, slot: Tensor | N
 
 def gather(tokens: Tensor, index: Tensor, num_keyframe: int) -> Tensor:
     kept = _gather_fake(tokens, index, num_keyframe)
-    source, target = (bits(_channels(x)) for x in (tokens if tokens.ndim == 2 else _cells.rows(tokens), kept))
+    source, target = (bits(_channels(x)) for x in (tokens if tokens.ndim == 2 else _backend.rows(tokens), kept))
     B, N, C = source.shape
     rows = kept.shape[1]
     block = channels(source, 16)

@@ -1,4 +1,4 @@
-"""The README's code runs, and its table of ops is the table of backends."""
+"""The code of the README and of the guides runs, and the table of ops is the table of backends."""
 
 import re
 from pathlib import Path
@@ -7,18 +7,31 @@ import pytest
 
 from evad_kernels import _backend
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = ROOT.joinpath("README.md").read_text()
+BLOCKS = {
+    f"{path.stem} {number}": code
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+}
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=[f"block {number}" for number in range(len(BLOCKS))])
-def test_code_runs(code):
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize("block", BLOCKS)
+def test_code_runs(block):
+    exec(compile(BLOCKS[block], block, "exec"), {"__name__": "guide"})
+
+
+def test_guides_are_linked_and_their_links_exist():
+    guides = sorted(ROOT.glob("docs/*.md"))
+    assert guides and all(f"docs/{path.name}" in README for path in guides)
+    for path in (ROOT / "README.md", *guides):
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), (path.name, target)
 
 
 def test_ops_table_is_the_backends_table():
-    rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|by name|) ?\| (yes|by name|) ?\|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| .*" + 3 * r" \| (yes|by name|)" + r" ?\|$", README, re.MULTILINE)
     assert {op for op, *_ in rows} == set(_backend.IMPLEMENTED)
     for op, *cells in rows:
-        for backend, cell in zip(("cpu", "cuda"), cells, strict=True):
+        for backend, cell in zip(("cpu", "triton", "cuda"), cells, strict=True):
             assert bool(cell) == (backend in _backend.IMPLEMENTED[op]), (op, backend)
