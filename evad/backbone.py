@@ -33,6 +33,11 @@ class DropPath(nn.Module):
         return branch * (keep.to(branch.dtype) / (1 - self.rate))
 
 
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Of each block: from 0 at the first to ``last``, in even steps."""
+    return [last * number / max(depth - 1, 1) for number in range(depth)]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; ``prune`` also drops the least important tokens, before the output projection."""
 
@@ -166,12 +171,11 @@ class Encoder(nn.Module):
         patch = (config.tubelet_size, config.patch_size, config.patch_size)
         self.patch_embed = nn.Conv3d(3, config.width, kernel_size=patch, stride=patch)
         self.position_table = PositionTable(num_frames, config.position_size, config.width)
-        drop_path = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             (PruningBlock if number in config.pruning_blocks else Block)(
                 config.width, config.num_heads, config.mlp_ratio, rate
             )
-            for number, rate in enumerate(drop_path)
+            for number, rate in enumerate(drop_path_rates(config.drop_path, config.depth))
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import evad_kernels
 
-from .backbone import Block, Encoded, call
+from .backbone import Block, Encoded, call, drop_path_rates
 from .config import EVADConfig
 from .tokens import PositionTable, Tokens
 
@@ -27,7 +27,7 @@ class Decoder(nn.Module):
         self.project = nn.Linear(config.width, width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_table = PositionTable(num_frames, config.position_size, width)
-        drop_path = torch.linspace(0, config.decoder_drop_path, config.decoder_depth, device="cpu").tolist()
+        drop_path = drop_path_rates(config.decoder_drop_path, config.decoder_depth)
         self.blocks = nn.ModuleList(
             Block(width, config.decoder_heads, config.decoder_mlp_ratio, rate) for rate in drop_path
         )

@@ -36,6 +36,14 @@ class Detections(NamedTuple):
     action_scores: Tensor  # [m, classes] in [0, 1], each class on its own
 
 
+class Scored(NamedTuple):
+    """Everyone who might be an actor, before a threshold: shapes are fixed, so a CUDA graph can hold it."""
+
+    boxes: Tensor  # [B, n, 4] x1, y1, x2, y2 in pixels, inside the clip
+    person_scores: Tensor  # [B, n] in [0, 1]
+    action_scores: Tensor  # [B, n, classes] in [0, 1]
+
+
 class Predictions(NamedTuple):
     """What training sees: the outputs of every localisation stage and decoder block."""
 
@@ -137,8 +145,9 @@ class EVAD(nn.Module):
             ]
             action_logits = torch.stack(action_logits)
         padded = torch.nn.utils.rnn.pad_sequence(boxes, batch_first=True)
-        count = torch.tensor([len(given) for given in boxes], device=whwh.device)
-        here = torch.arange(most, device=whwh.device) < count[:, None]  # [B, n]
+        here = torch.zeros(padded.shape[:2], dtype=torch.bool, device=whwh.device)
+        for row, given in zip(here, boxes, strict=True):
+            row[: len(given)] = True
         person = torch.stack([here, ~here], dim=-1)
         person_logits = torch.zeros_like(person, dtype=action_logits.dtype).masked_fill(~person, -math.inf)
         return EVADOutput(person_logits, padded, action_logits, encoded.kept)
@@ -198,10 +207,8 @@ class EVAD(nn.Module):
             padded = F.pad(clips, (0, width - clips.shape[4], 0, height - clips.shape[3]))
         else:
             padded = torch.stack([F.pad(clip, (0, width - clip.shape[3], 0, height - clip.shape[2])) for clip in clips])
-        # Filled on the device, so that a CUDA graph can hold it.
         dtype = torch.promote_types(self.localization.proposal_boxes.dtype, torch.float32)
-        whwh = [torch.full((1, 1), side, dtype=dtype, device=padded.device) for h, w in sizes for side in (w, h)]
-        whwh = torch.cat(whwh).view(-1, 2).repeat(1, 2).expand(padded.shape[0], 4)
+        whwh = _whwh(sizes, dtype, padded.device).expand(padded.shape[0], 4)
         return padded.to(self.encoder.patch_embed.weight.dtype), whwh
 
     def _check(self, clip: Tensor) -> None:
@@ -215,25 +222,47 @@ class EVAD(nn.Module):
             raise ValueError(f"EVAD: a clip must have {self.config.num_frames} frames, got {clip.shape[1]}")
 
 
-def select_detections(output: EVADOutput, sizes: Sequence[tuple[int, int]], threshold: float = 0.7) -> list[Detections]:
-    """Turn raw predictions into detections.
+def score_detections(output: EVADOutput, sizes: Sequence[tuple[int, int]]) -> Scored:
+    """Scores and clipped boxes of every proposal: what ``select_detections`` selects from.
 
     Args:
         output: Predictions for B clips.
+        sizes: Height and width of each clip, pixels, without padding.
+    """
+    whwh = _whwh(sizes, output.boxes.dtype, output.boxes.device)
+    return Scored(
+        clip_boxes(output.boxes, whwh[:, None]),
+        output.person_logits.float().softmax(dim=-1)[..., 0],
+        output.action_logits.float().sigmoid(),
+    )
+
+
+def select_detections(
+    output: EVADOutput | Scored, sizes: Sequence[tuple[int, int]], threshold: float = 0.7
+) -> list[Detections]:
+    """Turn raw predictions into detections; waits for the device once.
+
+    Args:
+        output: Predictions for B clips, or their scores.
         sizes: Height and width of each clip, pixels, without padding.
         threshold: Least person score, in [0, 1]. Where no box of a clip reaches it, all with a score above 0 are kept.
     Returns:
         One ``Detections`` a clip, rows in the order of the proposals.
     """
-    person_scores = output.person_logits.float().softmax(dim=-1)[..., 0]
-    action_scores = output.action_logits.float().sigmoid()
+    scored = score_detections(output, sizes) if isinstance(output, EVADOutput) else output
+    keep = scored.person_scores >= threshold
+    keep = keep | (~keep.any(dim=1, keepdim=True) & (scored.person_scores > 0))
     detections = []
-    for (height, width), boxes, person, actions in zip(sizes, output.boxes, person_scores, action_scores, strict=True):
-        keep = person >= threshold
-        keep = keep | (~keep.any() & (person > 0))
-        boxes = clip_boxes(boxes, boxes.new_tensor([width, height, width, height]))
-        detections.append(Detections(boxes[keep], person[keep], actions[keep]))
+    for clip, mask in zip(zip(*scored, strict=True), keep.cpu(), strict=True):
+        rows = mask.nonzero()[:, 0].to(keep.device, non_blocking=True)
+        detections.append(Detections(*(values[rows] for values in clip)))
     return detections
+
+
+def _whwh(sizes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Width, height, width, height of each clip, [B, 4]; filled on the device, so that a CUDA graph can hold it."""
+    sides = [torch.full((1,), side, dtype=dtype, device=device) for h, w in sizes for side in (w, h)]
+    return torch.cat(sides).view(-1, 2).repeat(1, 2)
 
 
 def _check_boxes(boxes: Tensor, name: str) -> None:
