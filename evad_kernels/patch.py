@@ -197,6 +197,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         if isinstance(module, _Patched):
             module.__class__ = module.original
             del module.pruning
+            module.__dict__.pop("records", None)
             for buffer in ("_order", "_fill"):
                 module._buffers.pop(buffer, None)
                 module._non_persistent_buffers_set.discard(buffer)
@@ -212,22 +213,19 @@ def record(model: nn.Module) -> Iterator[list[Tensor]]:
         kept[-1]  # which of the model's tokens are left after the last pruning block
 
     Yields:
-        A list to which every call of the model adds the tokens' positions, [B, K] int64, protected first, after each
-        pruning block but the model's last block, which gives a plain tensor.
+        A list to which every call of the model adds, for each block that drops tokens, the positions of those that
+        are left, [B, K] int64, protected first. ``kept[-1]`` tells where the rows of the model's last hidden state
+        came from, where they were not restored.
     """
     kept: list[Tensor] = []
-
-    def note(block, inputs, output):
-        before = inputs[0].x if isinstance(inputs[0], Tokens) else inputs[0]
-        if isinstance(output, Tokens) and output.x.shape[1] < before.shape[1]:
-            kept.append(output.position)
-
-    hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, _Block)]
+    blocks = [module for module in model.modules() if isinstance(module, _Block)]
+    for block in blocks:
+        block.records = (*block.records, kept)
     try:
         yield kept
     finally:
-        for hook in hooks:
-            hook.remove()
+        for block in blocks:
+            block.records = tuple(record for record in block.records if record is not kept)
 
 
 class _Patched:
@@ -273,6 +271,7 @@ class _Block(_Patched):
 
     _order: Tensor | None  # [N] int64: the model's tokens with the protected ones first; None: as they are
     _fill: Tensor | None  # [C]
+    records: tuple[list[Tensor], ...] = ()  # lists that ``record`` yielded and that are still open
 
     def forward(self, x: Tensor | Tokens, *args, **kwargs) -> Tensor | Tokens:
         _require_no_mask(*args, **kwargs)
@@ -299,6 +298,8 @@ class _Block(_Patched):
     def _prune(self, tokens: Tokens) -> Tokens:
         rows, index, _ = self.attend(*self.heads(tokens.x))
         x, position = (gather_tokens(t, index, num_keyframe=self.pruning.protected) for t in tokens[:2])
+        for record in self.records:
+            record.append(position)
         return tokens._replace(x=self.rest(x + self.branch(rows)), position=position)
 
     def _leave(self, tokens: Tokens) -> Tensor:

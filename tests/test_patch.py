@@ -147,9 +147,11 @@ def test_matches_rebuilt(family):
         answer(model, inputs)
     hook.remove()
     torch.testing.assert_close(last[0], want, rtol=1e-4, atol=1e-4)
-    (position,) = kept  # the last block gives a tensor
-    expected = rebuilt.kept[0] if order is None else order[rebuilt.kept[0]]
-    assert torch.equal(position, expected)
+    now = torch.arange(x.shape[1]) if order is None else order
+    now = now.expand(2, -1)
+    for position, rows in zip(kept, rebuilt.kept, strict=True):
+        now = now.gather(1, rows)
+        assert torch.equal(position, now)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,7 +170,8 @@ def test_keep_rate_1_and_unpatch_leave_the_model_as_it_was(family):
     assert patch.unpatch(model) is model
     assert [type(module) for module in model.modules()] == classes
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert not any(hasattr(module, name) for module in model.modules() for name in ("pruning", "_order", "_fill"))
+    names = ("pruning", "records", "_order", "_fill")
+    assert not any(hasattr(module, name) for module in model.modules() for name in names)
     assert torch.equal(answer(model, inputs), before)
 
 
