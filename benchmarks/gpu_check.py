@@ -71,6 +71,7 @@ STAGES = {
     "tests-triton": Stage(pytest(*WORKERS, "-m", "not slow", "-k", "triton", *OP_TESTS), 240, "tests"),
     "tests-cuda": Stage(pytest(*WORKERS, "-m", "not slow", "-k", "cuda", *OP_TESTS), 240, "tests"),
     "tests-gpu": Stage(pytest(*WORKERS, "tests/test_gpu.py"), 240, "tests"),
+    "tests-evad": Stage(pytest("tests/test_evad_static.py", "tests/test_evad_compiled.py"), 240, "tests"),
     **{
         f"{tool}-{backend}": sanitizer(tool, backend)
         for tool in ("memcheck", "racecheck", "initcheck")
