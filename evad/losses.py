@@ -71,7 +71,8 @@ def detection_losses(
     counts = counts or count(targets, config.num_proposals)
     logits, boxes = (torch.stack(stages).to(predictions.whwh.dtype) for stages in predictions.localized)
     true_boxes, labels = (
-        torch.cat([target[name] for target in targets]).to(boxes.device, boxes.dtype) for name in ("boxes", "labels")
+        torch.cat([target[name] for target in targets]).to(boxes.device, boxes.dtype, non_blocking=True)
+        for name in ("boxes", "labels")
     )
     sizes = [len(target["boxes"]) for target in targets]
     matching = match(logits, boxes, true_boxes.split(sizes), predictions.whwh, config)
@@ -80,8 +81,8 @@ def detection_losses(
 
     kind = torch.full(logits.shape[:-1], BACKGROUND, device=logits.device)
     kind[stage, matching.clip, matching.proposal] = PERSON
-    kind_weight = logits.new_tensor([1.0, config.background_weight])
-    cross_entropy = F.cross_entropy(logits.movedim(-1, 1), kind, kind_weight, reduction="none").flatten(1).sum(1)
+    cross_entropy = F.cross_entropy(logits.movedim(-1, 1), kind, reduction="none")
+    cross_entropy = (torch.where(kind == PERSON, 1.0, config.background_weight) * cross_entropy).sum((1, 2))
     num_background = counts.clips * logits.shape[2] - counts.matched
     num_boxes, num_matched = (number + (number == 0) for number in (counts.boxes, counts.matched))
     terms = {

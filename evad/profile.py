@@ -7,15 +7,19 @@ nearest upsampling (1 an element) count, the rest does not.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import evad_kernels
@@ -23,6 +27,8 @@ import evad_kernels
 from .backbone import PruningBlock
 from .config import EVADConfig
 from .detector import EVAD
+from .losses import detection_losses
+from .recipe import parameter_groups
 
 PARTS = {
     "patch_embed": "encoder.patch_embed",
@@ -158,6 +164,162 @@ def measure(function: Callable[[], object], *, device: torch.device | str = "cpu
     return Measurement(
         statistics.median(seconds), ordered[round(0.2 * (repeats - 1))], ordered[round(0.8 * (repeats - 1))], peak
     )
+
+
+# Training. A step's modules run in the order of PARTS, and its backward in the opposite one: autograd takes the newest
+# operation that is ready. So a part's backward begins when the first gradient of its results arrives.
+
+TRAINED = ("encoder", "pyramid", "localization", "decoder")
+
+
+class TrainingCost(NamedTuple):
+    """Time and memory of a training step."""
+
+    seconds: float  # a step, median; nothing is synchronised inside
+    seconds_p20: float
+    seconds_p80: float
+    forward_seconds: dict[str, float]  # by part (TRAINED) and "loss", medians; the device is waited for after each
+    backward_seconds: dict[str, float]  # the same parts
+    optimizer_seconds: float
+    saved_bytes: dict[str, int]  # by part and "loss": what the forward keeps for the backward, each memory once
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    peak_bytes: int | None  # of a step, beyond weights and the optimizer's state; None where the system does not tell
+    peak_bytes_by_part: dict[str, int] | None  # of that, by the end of each part's forward and backward; on a GPU only
+
+
+def profile_training(
+    model: EVAD, clips: Tensor, targets: list[dict[str, Tensor]], *, autocast: bool = False, repeats: int = 5
+) -> TrainingCost:
+    """Run training steps and measure them; the model's weights change.
+
+    Kept memory is counted through autograd's saved-tensor hooks. The peak is that of CUDA's allocator on a GPU, of the
+    process elsewhere.
+
+    Args:
+        model: A detector, in training mode, in float32.
+        clips: [B, 3, T, H, W] on its device.
+        targets: As for ``EVAD.loss``.
+        autocast: Whether matrix products run in bfloat16.
+        repeats: Timed steps, at least 1.
+    """
+    cuda = clips.is_cuda
+    optimizer = torch.optim.AdamW(parameter_groups(model, model.config), lr=0.0)
+
+    def step(watch: _Watch | None = None) -> None:
+        with torch.autocast(clips.device.type, torch.bfloat16, enabled=autocast):
+            predictions = model.predict(clips, every_stage=True)
+            with watch.part("loss") if watch else contextlib.nullcontext():
+                total = detection_losses(predictions, targets, model.config)["loss_total"]
+        if watch:
+            watch.turn()
+        total.backward()
+        if watch:
+            watch.stamp("encoder")
+        optimizer.step()
+        if watch:
+            watch.stamp("optimizer")
+            gradients.append(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+        optimizer.zero_grad()
+
+    gradients: list[int] = []
+    taken = measure(step, device=clips.device, repeats=repeats)
+    watches = []
+    for _ in range(repeats):
+        with _Watch(model, cuda) as watch:
+            step(watch)
+        watches.append(watch)
+    parts = (*TRAINED, "loss")
+    last = watches[-1]
+    return TrainingCost(
+        *taken[:3],
+        {part: statistics.median(watch.forward[part] for watch in watches) for part in parts},
+        {part: statistics.median(watch.backward[part] for watch in watches) for part in parts},
+        statistics.median(watch.backward["optimizer"] for watch in watches),
+        {part: last.saved.get(part, 0) for part in parts},
+        sum(parameter.nbytes for parameter in model.parameters()),
+        gradients[-1],
+        sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)),
+        taken.peak_bytes,
+        {part: max(watch.peaks[part] for watch in watches) for part in parts} if cuda else None,
+    )
+
+
+class _Watch:
+    """Times the parts of one step and counts what they keep."""
+
+    def __init__(self, model: EVAD, cuda: bool) -> None:
+        self.model, self.cuda = model, cuda
+        self.forward: dict[str, float] = {}
+        self.backward: dict[str, float] = {}
+        self.saved: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
+        self.before = torch.cuda.memory_allocated() if cuda else 0
+        self._current, self._begin = "loss", 0.0
+        self._kept = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def __enter__(self) -> _Watch:
+        self._stack = contextlib.ExitStack()
+        for part, following in itertools.pairwise((*TRAINED, "loss")):
+            module, timed = getattr(self.model, part), self._timed(part)
+
+            def leave(module, inputs, result, timed=timed, following=following):
+                next(timed, None)
+                for tensor in tree_leaves(result):
+                    if isinstance(tensor, Tensor) and tensor.requires_grad:
+                        tensor.register_hook(lambda _: self.stamp(following))
+
+            enter = module.register_forward_pre_hook(lambda *_, timed=timed: next(timed))
+            self._stack.callback(enter.remove)
+            self._stack.callback(module.register_forward_hook(leave).remove)
+        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor))
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        timed = self._timed(name)
+        next(timed)
+        yield
+        next(timed, None)
+
+    def turn(self) -> None:
+        """The forward is over, the backward begins."""
+        self._begin = self._now()
+
+    def stamp(self, part: str) -> None:
+        """``part``'s backward is over, if it was not before."""
+        if part not in self.backward:
+            now = self._now()
+            self.backward[part], self._begin = now - self._begin, now
+            self._note_peak(part)
+
+    def _timed(self, part: str) -> Iterator[None]:
+        begin, outer, self._current = self._now(), self._current, part
+        yield
+        self.forward[part], self._current = self._now() - begin, outer
+        self._note_peak(part)
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _note_peak(self, part: str) -> None:
+        if self.cuda:
+            peak = torch.cuda.max_memory_allocated() - self.before
+            self.peaks[part] = max(self.peaks.get(part, 0), peak)
+            torch.cuda.reset_peak_memory_stats()
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._kept:
+            self._kept.add(storage.data_ptr())
+            self.saved[self._current] = self.saved.get(self._current, 0) + storage.nbytes()
+        return tensor
 
 
 def _resident(*, peak: bool = False, reset_peak: bool = False) -> int | None:

@@ -316,6 +316,22 @@ def test_profile_json(capfd):
     assert document["seconds"] > 0
 
 
+def test_profile_training(capfd):
+    arguments = ("--model", "tiny", "--size", "48", "72", "--train", "--repeats", "1", "--device", "cpu")
+    status, out, _ = run(capfd, "profile", *arguments, "--recompute", "--dtype", "bfloat16", "--json")
+    document = json.loads(out)
+    assert status == 0 and document["batch"] == 2 and document["dtype"] == "bfloat16"
+    cost = document["training"]
+    assert cost["recompute"] and cost["clips_per_second"] == pytest.approx(2 * cost["steps_per_second"])
+    assert list(cost["saved_bytes"]) == ["encoder", "pyramid", "localization", "decoder", "loss"]
+    assert cost["memory_counted_by"].startswith("autograd's saved-tensor hooks")
+    status, out, _ = run(capfd, "profile", *arguments, "--batch", "1")
+    assert status == 0 and "a training step of one clip (cpu" in out and "loss and matching" in out
+    assert "steps/s" in out and "kept for" in out
+    status, _, err = run(capfd, "profile", *arguments, "--dtype", "float16")
+    assert status == 2 and "--dtype: float16 needs a scaled loss" in err
+
+
 def test_profile_table(capfd):
     status, out, _ = run(capfd, "profile", "--model", "vit_b", "--no-time")
     assert status == 0

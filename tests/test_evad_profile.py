@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evad import EVAD, EVADConfig
-from evad.profile import PARTS, measure, profile
+from evad.profile import PARTS, TRAINED, measure, profile, profile_training
 
 # GFLOPs in the paper, and more exactly by its convention.
 PAPER = {
@@ -63,3 +63,36 @@ def test_measure():
     result = measure(lambda: torch.ones(block // 4).sum(), repeats=3)
     assert 0 < result.seconds_p20 <= result.seconds <= result.seconds_p80
     assert result.peak_bytes is None or 0.5 * block < result.peak_bytes < 4 * block
+
+
+def training_cost(rate, recompute=False, seed=0):
+    torch.manual_seed(seed)
+    model = EVAD(EVADConfig.tiny(rate, drop_path=0.0, decoder_drop_path=0.0)).train()
+    model.set_recomputation(recompute)
+    targets = [{"boxes": torch.tensor([[10.0, 10.0, 50.0, 60.0]]), "labels": torch.ones(1, model.config.num_classes)}]
+    return profile_training(model, torch.randn(1, 3, 16, 96, 96), targets, repeats=1), model
+
+
+def test_profiles_training():
+    cost, model = training_cost(0.7)
+    parts = [*TRAINED, "loss"]
+    assert list(cost.forward_seconds) == list(cost.backward_seconds) == list(cost.saved_bytes) == parts
+    times = (*cost.forward_seconds.values(), *cost.backward_seconds.values(), cost.optimizer_seconds, cost.seconds)
+    assert min(times) > 0 and min(cost.saved_bytes.values()) > 0
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert cost.weight_bytes == cost.gradient_bytes == 4 * parameters
+    assert cost.optimizer_bytes >= 8 * parameters
+    # The decoder keeps at least the input of each linear layer of its blocks.
+    config, tokens = model.config, profile(model).tokens[-1] + model.config.num_proposals
+    rows = 4 * tokens * config.decoder_width * (1 + 1 + 1 + config.decoder_mlp_ratio)
+    assert config.decoder_depth * rows < cost.saved_bytes["decoder"] < 6 * config.decoder_depth * rows
+    assert cost.peak_bytes_by_part is None  # a GPU's allocator tells
+
+
+def test_what_saves_memory_in_training():
+    (whole, _), (pruned, _), (recomputed, _) = (training_cost(*how) for how in ((1.0,), (0.6,), (1.0, True)))
+    for part in ("encoder", "decoder"):
+        assert pruned.saved_bytes[part] < 0.9 * whole.saved_bytes[part]
+        assert recomputed.saved_bytes[part] < 0.4 * whole.saved_bytes[part]
+    for part in ("pyramid", "localization"):
+        assert pruned.saved_bytes[part] == whole.saved_bytes[part] == recomputed.saved_bytes[part]

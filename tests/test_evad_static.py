@@ -1,5 +1,5 @@
 """Inference never waits for the device, whatever the machine: no value is read back, no shape depends on data, nothing
-is copied there but the clips.
+is copied there but the clips. A training step waits for it once, for the matching.
 
 The detector runs on meta tensors, which have shapes and no values: reading one raises. What would be a copy from the
 CPU is seen because a CPU tensor then takes part.
@@ -90,6 +90,42 @@ def test_no_shape_depends_on_data(preset):
     for kept in output.kept:
         tokens = -(-tokens * 7 // 10)
         assert kept.shape == (8, tokens)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_training_step_waits_once(monkeypatch, recompute):
+    """All stages and clips are matched after one copy to the host; forward, losses and backward make no other."""
+    copied = {"from host": [], "to host": []}
+
+    def download(tensor):
+        copied["to host"].append(list(tensor.shape))
+        return torch.zeros(tensor.shape)
+
+    class Transfers(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name.partition("::")[2]
+            result = func(*args, **(kwargs or {}))
+            assert not name.startswith(READ_BACK), name
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            here, there = (any(x.device.type == device for x in tensors) for device in ("cpu", "meta"))
+            made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+            if here and not there and any(x.device.type == "meta" for x in made):
+                copied["from host"].append(list(made[0].shape))
+            assert not (here and there), f"{name}: a tensor on the CPU takes part"
+            return result
+
+    monkeypatch.setattr(torch.Tensor, "cpu", download)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cpu)  # what recomputation asks meta for
+    model = on_meta(lambda: EVAD(EVADConfig.tiny(0.7, num_classes=9)).train())
+    model.set_recomputation(recompute)
+    clips = torch.empty(2, 3, 16, 90, 130, device="meta")
+    targets = [{"boxes": torch.rand(number, 4) * 90, "labels": torch.ones(number, 9)} for number in (3, 1)]
+    with Transfers():
+        model.loss(clips, targets)["loss_total"].backward()
+    stages, proposals = model.config.num_stages, model.config.num_proposals
+    assert copied["to host"] == [[stages, 2, proposals, 3]]
+    assert copied["from host"] == [[4, 4], [4, 9], [stages, 4, 3]]  # boxes, labels, who answers for whom
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
