@@ -55,12 +55,21 @@ class Attention(nn.Module):
         output = evad_kernels.keyframe_attention(query, key, value, num_keyframe=x.shape[1]).output
         return self.proj(merge_heads(output))
 
-    def prune(self, x: Tensor, *, num_keyframe: int, num_select: int, keyframe_weight: float) -> Pruned:
+    def prune(
+        self, x: Tensor, *, num_keyframe: int, num_select: int, keyframe_weight: float, pruning: str = "attention"
+    ) -> Pruned:
         query, key, value = self.heads(x)
-        output, index, importance = evad_kernels.keyframe_attention_topk(
-            query, key, value, num_keyframe=num_keyframe, num_select=num_select, keyframe_weight=keyframe_weight
-        )
-        return Pruned(self.proj(merge_heads(output)), index, importance)
+        options = {"num_keyframe": num_keyframe, "keyframe_weight": keyframe_weight}
+        if pruning == "attention":
+            output, index, importance = evad_kernels.keyframe_attention_topk(
+                query, key, value, num_select=num_select, **options
+            )
+            return Pruned(self.proj(merge_heads(output)), index, importance)
+        output, importance = evad_kernels.keyframe_attention(query, key, value, **options)
+        importance = -importance if pruning == "least" else torch.rand_like(importance)
+        index = evad_kernels.select_tokens(importance, num_select)
+        rows = evad_kernels.gather_tokens(merge_heads(output), index, num_keyframe=num_keyframe)
+        return Pruned(self.proj(rows), index, importance)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key, value [B, H, N, D]: views of one product."""
@@ -115,15 +124,19 @@ class Block(nn.Module):
 class PruningBlock(Block):
     """A block with keyframe-centric token pruning between attention and MLP (Fig. 3)."""
 
-    def forward(self, tokens: Tokens, num_select: int, keyframe_weight: float, token_order: str) -> Tokens:
-        """Tokens after the block: the keyframe's and the ``num_select`` most important others."""
+    def forward(self, tokens: Tokens, num_select: int, config: EVADConfig) -> Tokens:
+        """Tokens after the block: the keyframe's and ``num_select`` others, chosen as ``config`` says."""
         x, position, num_keyframe = tokens
         if num_select == x.shape[1] - num_keyframe:
             return tokens._replace(x=super().forward(x))
         rows, index, importance = self.attn.prune(
-            self.norm1(x), num_keyframe=num_keyframe, num_select=num_select, keyframe_weight=keyframe_weight
+            self.norm1(x),
+            num_keyframe=num_keyframe,
+            num_select=num_select,
+            keyframe_weight=config.keyframe_weight,
+            pruning=config.pruning,
         )
-        if token_order == "importance":
+        if config.token_order == "importance":
             order = descending(importance.gather(1, index))
             index = index.gather(1, order)
             rows = evad_kernels.gather_tokens(rows, order, num_keyframe=num_keyframe)
@@ -140,7 +153,7 @@ def descending(importance: Tensor) -> Tensor:
 class Encoded(NamedTuple):
     """What the encoder hands to the two branches."""
 
-    tokens: Tokens  # normalised
+    tokens: Tokens  # normalised, for the decoder: the kept ones, or all
     grid: tuple[int, int, int]  # (T, Gh, Gw)
     keyframes: tuple[Tensor, ...]  # [B, C, Gh, Gw] after each of config.pyramid_blocks
     kept: tuple[Tensor, ...]  # position [B, K] after each pruning block
@@ -183,21 +196,37 @@ class Encoder(nn.Module):
         """Encode normalised clips [B, 3, T, H, W], H and W multiples of the patch size."""
         tokens, grid = self.embed(clips)
         keyframes, kept = [], []
+        every = tokens  # each token as it was last seen
         for number, block in enumerate(self.blocks):
             if isinstance(block, PruningBlock):
+                every = self.update(every, tokens)
                 select = self.num_select(tokens.x.shape[1], tokens.num_keyframe)
-                args = tokens, select, self.config.keyframe_weight, self.config.token_order
-                tokens = call(block, *args, recompute=self.recompute)
+                tokens = call(block, tokens, select, self.config, recompute=self.recompute)
                 kept.append(tokens.position)
             else:
                 tokens = tokens._replace(x=call(block, tokens.x, recompute=self.recompute))
             if number in self.config.pyramid_blocks:
-                keyframe = tokens.x[:, : tokens.num_keyframe].transpose(1, 2).unflatten(2, grid[1:])
                 # Dense: of a slice, torch.compile and the convolution disagree whether it is channels-last.
-                keyframes.append(keyframe.clone(memory_format=torch.channels_last))
+                keyframes.append(self.keyframe(tokens, grid).clone(memory_format=torch.channels_last))
+        if self.config.decoder_input == "all":
+            tokens = self.update(every, tokens)
         return Encoded(
             tokens._replace(x=self.norm(tokens.x)), grid, tuple(keyframes), tuple(kept) if self.keep_rate < 1 else ()
         )
+
+    def keyframe(self, tokens: Tokens, grid: tuple[int, int, int]) -> Tensor:
+        """The keyframe's tokens as a map [B, C, Gh, Gw]; 0 where one was dropped."""
+        if self.config.keep_keyframe:
+            return tokens.x[:, : tokens.num_keyframe].transpose(1, 2).unflatten(2, grid[1:])
+        cells = evad_kernels.scatter_tokens(tokens.x, tokens.position, grid=grid)
+        return cells[:, self.config.keyframe].permute(0, 3, 1, 2)
+
+    def update(self, every: Tokens, tokens: Tokens) -> Tokens:
+        """All tokens, with ``tokens`` as they are now; only where the decoder wants them."""
+        if self.config.decoder_input == "kept":
+            return every
+        place = every.position.argsort(dim=1).gather(1, tokens.position)
+        return every._replace(x=every.x.scatter(1, place[..., None].expand_as(tokens.x), tokens.x))
 
     def embed(self, clips: Tensor) -> tuple[Tokens, tuple[int, int, int]]:
         """Tokens of every tubelet, with their position codes, and the grid they come from."""
@@ -206,7 +235,7 @@ class Encoder(nn.Module):
         x = x.flatten(2).transpose(1, 2) + self.position_table(Gh, Gw, self.patch_embed.weight.dtype)
         position = torch.arange(T * Gh * Gw, device=x.device).expand(B, -1)
         x, position = (keyframe_first(cells, self.config.keyframe, Gh * Gw) for cells in (x, position))
-        return Tokens(x, position, Gh * Gw), (T, Gh, Gw)
+        return Tokens(x, position, Gh * Gw if self.config.keep_keyframe else 0), (T, Gh, Gw)
 
     def num_select(self, num_tokens: int, num_keyframe: int) -> int:
         """Non-keyframe tokens that a pruning block keeps: ceil(keep_rate * N) in all, the keyframe's first."""

@@ -10,6 +10,8 @@ from pathlib import Path
 TOKEN_ORDERS = ("position", "importance")
 BLANKS = ("mask_token", "zeros")
 INITIAL_BOXES = ("frame", "grid")
+PRUNINGS = ("attention", "random", "least")
+DECODER_INPUTS = ("kept", "all")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class EVADConfig:
     keep_rate: float = 0.7  # of all tokens, at every pruning block; the keyframe's are always kept; 1 prunes nothing
     pruning_blocks: tuple[int, ...] = (3, 6, 9)  # counted from 0
     keyframe_weight: float = 1.0  # w_kf of Eq. 1; the paper's best at keep rate 0.6 is 4
+    pruning: str = "attention"  # which stay: the most important; or, as controls, "random" ones, the "least" important
+    keep_keyframe: bool = True  # False: the keyframe's tokens are pruned like the others (Table 1c, unified pruning)
     token_order: str = "position"  # the paper; "importance" is what released checkpoints were trained with
 
     # Actor localisation (section 3.3, Appendix B)
@@ -61,7 +65,8 @@ class EVADConfig:
 
     # Action classification (section 3.3, Appendix B)
     decoder_width: int = 384
-    decoder_depth: int = 6
+    decoder_depth: int = 6  # 0: a box's feature is classified as it is (Table 1a, linear)
+    decoder_input: str = "kept"  # tokens; "all": dropped ones too, as they were when they were dropped (Table 1d)
     decoder_heads: int = 6
     decoder_mlp_ratio: float = 4.0
     decoder_drop_path: float = 0.1
@@ -95,8 +100,11 @@ class EVADConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists, as from JSON, are welcome
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                _fail(field.name, "an integer of at least 1", value)
+            least = 0 if field.name == "decoder_depth" else 1
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                _fail(field.name, f"an integer of at least {least}", value)
+            if field.type == "bool" and not isinstance(value, bool):
+                _fail(field.name, "true or false", value)
             if field.type == "float":
                 try:
                     object.__setattr__(self, field.name, float(value))  # YAML reads 1e-5 as text
@@ -105,9 +113,14 @@ class EVADConfig:
         self._require("keep_rate", 0 < self.keep_rate <= 1, "in (0, 1]")
         self._require("keyframe_weight", self.keyframe_weight >= 0, "at least 0")
         self._require("person_threshold", 0 <= self.person_threshold <= 1, "in [0, 1]")
-        self._require("token_order", self.token_order in TOKEN_ORDERS, f"one of {TOKEN_ORDERS}")
-        self._require("blank", self.blank in BLANKS, f"one of {BLANKS}")
-        self._require("initial_boxes", self.initial_boxes in INITIAL_BOXES, f"one of {INITIAL_BOXES}")
+        for name, known in (
+            ("pruning", PRUNINGS),
+            ("token_order", TOKEN_ORDERS),
+            ("decoder_input", DECODER_INPUTS),
+            ("blank", BLANKS),
+            ("initial_boxes", INITIAL_BOXES),
+        ):
+            self._require(name, getattr(self, name) in known, f"one of {known}")
         self._require("num_frames", self.num_frames % self.tubelet_size == 0, f"a multiple of {self.tubelet_size}")
         self._require("patch_size", self.patch_size % 4 == 0, "a multiple of 4 (the pyramid's first stride is 1/4)")
         for width, heads in (

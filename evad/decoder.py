@@ -38,7 +38,7 @@ class Decoder(nn.Module):
                 nn.ReLU(),
                 nn.Linear(config.action_width, config.num_classes),
             )
-            for _ in drop_path
+            for _ in drop_path or [None]
         )
 
     def forward(self, encoded: Encoded, boxes: Tensor, whwh: Tensor, *, every_block: bool) -> tuple[Tensor, ...]:
@@ -52,17 +52,38 @@ class Decoder(nn.Module):
         Returns:
             Action logits [B, n, classes], one entry a classified block, the last block's last.
         """
-        tokens, background = self.place(encoded)
-        actors = self.pool(
-            tokens, background, extend_boxes(boxes.detach(), self.config.roi_extension, whwh), encoded.grid
-        )
-        x = torch.cat([tokens.x, actors], dim=1)
+        tokens, actors = self.inputs(encoded, boxes, whwh)
+        if not self.blocks:
+            return (self.classifiers[0](actors),)
+        x = torch.cat([tokens, actors], dim=1)
         logits = []
         for number, (block, classifier) in enumerate(zip(self.blocks, self.classifiers, strict=True), start=1):
             x = call(block, x, recompute=self.recompute)
             if every_block or number == len(self.blocks):
-                logits.append(classifier(x[:, tokens.x.shape[1] :]))
+                logits.append(classifier(x[:, tokens.shape[1] :]))
         return tuple(logits)
+
+    def attention(self, encoded: Encoded, boxes: Tensor, whwh: Tensor) -> Tensor:
+        """How much each actor attends to each token in the last block: [B, n, T, Gh, Gw], mean over heads.
+
+        A dropped token gets 0; an actor's weights add up to 1 less what goes to actors.
+        """
+        tokens, actors = self.inputs(encoded, boxes, whwh)
+        x = torch.cat([tokens, actors], dim=1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last, K = self.blocks[-1], tokens.shape[1]
+        query, key, _ = last.attn.heads(last.norm1(x))
+        logits = query[:, :, K:].float() @ key.float().transpose(2, 3) / query.shape[3] ** 0.5
+        weights = logits.softmax(dim=3).mean(dim=1)[..., :K]  # [B, n, K]
+        cells = evad_kernels.scatter_tokens(weights.transpose(1, 2), encoded.tokens.position, grid=encoded.grid)
+        return cells.permute(0, 4, 1, 2, 3)
+
+    def inputs(self, encoded: Encoded, boxes: Tensor, whwh: Tensor) -> tuple[Tensor, Tensor]:
+        """What the blocks see: tokens [B, K, C] and a feature per box [B, n, C]."""
+        tokens, background = self.place(encoded)
+        boxes = extend_boxes(boxes.detach(), self.config.roi_extension, whwh)
+        return tokens.x, self.pool(tokens, background, boxes, encoded.grid)
 
     def place(self, encoded: Encoded) -> tuple[Tokens, Tensor | None]:
         """Tokens of the decoder's width with the codes of their cells, and what dropped cells hold."""

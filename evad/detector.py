@@ -125,6 +125,26 @@ class EVAD(nn.Module):
         action_logits = self.decoder(encoded, localized.boxes[-1], whwh, every_block=every_stage)
         return Predictions(localized, action_logits, encoded.kept, whwh)
 
+    @torch.no_grad()
+    def attention(self, clips: Tensor | Sequence[Tensor]) -> tuple[EVADOutput, Tensor]:
+        """``forward``, and what actors look at: the decoder's attention (paper, Fig. 12).
+
+        Returns:
+            ``EVADOutput``, and how much each actor attends to each token of the padded clip, [B, n, T, Gh, Gw], in the
+            decoder's last block, mean over heads: 0 for dropped tokens; the sum is 1 less what goes to actors.
+        Raises:
+            ValueError: the decoder has no block.
+        """
+        if not self.decoder.blocks:
+            raise ValueError("EVAD: decoder_depth must be at least 1 for attention, got 0")
+        clips, whwh = self.batch(clips)
+        encoded = self.encoder(clips)
+        localized = self.localization(self.pyramid(encoded.keyframes), whwh, every_stage=False)
+        boxes = localized.boxes[-1]
+        (action_logits,) = self.decoder(encoded, boxes, whwh, every_block=False)
+        output = EVADOutput(localized.person_logits[-1], boxes, action_logits, encoded.kept)
+        return output, self.decoder.attention(encoded, boxes, whwh)
+
     def _classify(self, clips: Tensor | Sequence[Tensor], boxes: Tensor | Sequence[Tensor]) -> EVADOutput:
         """``forward`` with given boxes."""
         if len(boxes) != len(clips):

@@ -1,4 +1,6 @@
-"""Pictures: boxes with labels on a frame, and which tokens each pruning layer keeps (paper, Figures 4 and 11)."""
+"""Pictures: boxes with labels on a frame; which tokens each pruning layer keeps (paper, Figures 4 and 11); what each
+actor attends to (Figure 12).
+"""
 
 from __future__ import annotations
 
@@ -214,6 +216,14 @@ def fade(image: np.ndarray, kept: np.ndarray, patch: int) -> np.ndarray:
     return np.where(inside, image, image * (1 - FADE) + DROPPED * FADE).astype(np.uint8)
 
 
+def _heads(draw: ImageDraw.ImageDraw, pruning: Pruning, left: Sequence[int], tile_width: int, y: int) -> None:
+    """Over each column when it is."""
+    for t, x in enumerate(left):
+        is_key = t == pruning.keyframe
+        name = "keyframe" if is_key else f"{pruning.times[t * pruning.tubelet]:+.2f} s".replace("-", "−")
+        draw.text((x + tile_width / 2, y), name, font=font(15, is_key), fill=ACCENT if is_key else FAINT, anchor="mm")
+
+
 def pruning_figure(pruning: Pruning, title: str, subtitle: str = "") -> Image.Image:
     """Time slices across, the input and every pruning layer down; dropped tokens faded, the keyframe outlined."""
     T = pruning.grid[0]
@@ -230,12 +240,7 @@ def pruning_figure(pruning: Pruning, title: str, subtitle: str = "") -> Image.Im
     draw.text((margin, 58), shorten(subtitle, font(16), size[0] - 2 * margin), font=font(16), fill=FAINT)
 
     left = [margin + label_width + t * (tile_width + gap) for t in range(T)]
-    for t in range(T):
-        centre = left[t] + tile_width / 2
-        is_key = t == pruning.keyframe
-        name = "keyframe" if is_key else f"{pruning.times[t * pruning.tubelet]:+.2f} s".replace("-", "−")
-        draw.text((centre, head - 14), name, font=font(15, is_key), fill=ACCENT if is_key else FAINT, anchor="mm")
-
+    _heads(draw, pruning, left, tile_width, head - 14)
     for row in range(rows):
         top = head + row * row_height
         kept = None if row == 0 else pruning.kept(row - 1)
@@ -331,3 +336,111 @@ def pruning_animation(pruning: Pruning, title: str, subtitle: str = "") -> Itera
         name = f"{time}, keyframe: all its tokens are kept" if t == pruning.keyframe else f"{time} from the keyframe"
         draw.text((margin, y + 28), name, font=font(14), fill=ACCENT if t == pruning.keyframe else FAINT, anchor="lm")
         yield np.asarray(picture)
+
+
+# What actors attend to
+
+
+class Attending(NamedTuple):
+    """One actor: as it is labelled, and the attention it pays to each token, [T, Gh, Gw], 0 to those dropped."""
+
+    label: Label
+    attention: np.ndarray
+
+
+HEAT = np.array([(68, 1, 84), (178, 38, 96), (240, 98, 47), (252, 180, 44), (255, 251, 180)], np.float32)
+SHOWN = 0.75  # share of a cell's colour that its attention is, the rest is the picture
+
+
+def heat(share: np.ndarray) -> np.ndarray:
+    """Colours [..., 3] of shares in [0, 1]: dark violet, red, orange, pale yellow."""
+    place = np.clip(share, 0, 1)[..., None] * (len(HEAT) - 1)
+    low = np.minimum(place.astype(int), len(HEAT) - 2)
+    low, part = low[..., 0], place - low
+    return HEAT[low] + part * (HEAT[low + 1] - HEAT[low])
+
+
+def attention_tile(image: np.ndarray, kept: np.ndarray, share: np.ndarray, patch: int) -> np.ndarray:
+    """A picture under the colours of ``share`` [Gh, Gw], in [0, 1]; dropped cells (``kept`` false) faded out."""
+    height, width = image.shape[:2]
+    grey = np.repeat(image.mean(2, keepdims=True), 3, 2)
+    colour, lit = (part.repeat(patch, 0).repeat(patch, 1)[:height, :width] for part in (heat(share), kept[..., None]))
+    return np.where(lit, grey * (1 - SHOWN) + colour * SHOWN, fade(grey, kept, patch)).astype(np.uint8)
+
+
+def attention_figure(
+    pruning: Pruning, actors: Sequence[Attending], title: str, subtitle: str = "", *, most: int = 6
+) -> Image.Image:
+    """Time slices across, the input and each actor down: the brighter a token, the more the actor attends to it.
+
+    Colours are of one scale for an actor's whole row. At most ``most`` actors are drawn, the first ones.
+    """
+    T = pruning.grid[0]
+    tile_width = max(120, min(260, 1500 // T))
+    height, width = pruning.frames[0].shape[:2]
+    tile_height = round(tile_width * height / width)
+    margin, gap, label_width, head, foot = 28, 10, 214, 128, 76
+    row_height = max(tile_height + 30, 118)
+    actors = actors[:most]
+    size = margin * 2 + label_width + T * (tile_width + gap) - gap, head + (1 + len(actors)) * row_height + foot
+    figure = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(figure)
+    draw.text((margin, 22), shorten(title, font(26, True), size[0] - 2 * margin), font=font(26, True), fill=INK)
+    draw.text((margin, 58), shorten(subtitle, font(16), size[0] - 2 * margin), font=font(16), fill=FAINT)
+    left = [margin + label_width + t * (tile_width + gap) for t in range(T)]
+    _heads(draw, pruning, left, tile_width, head - 14)
+    kept = pruning.kept(-1) if pruning.layers else np.ones(pruning.grid, bool)
+
+    for row, actor in enumerate([None, *actors]):
+        top = head + row * row_height
+        colour = COLOURS[(row - 1) % len(COLOURS)]
+        lines = ["input", f"{kept.sum()} of {kept.size}", "tokens get this far"]
+        if actor is not None:
+            peak = max(float(actor.attention.max()), 1e-12)
+            best = [f"{brief(name)} {score:.2f}" for name, score in actor.label.actions[:2]]
+            lines = [f"person {actor.label.score:.2f}", *best, f"brightest token: {peak:.1%}"]
+        for index, text in enumerate(lines):
+            y = top + tile_height / 2 + (index - (len(lines) - 1) / 2) * 23
+            face = font(19 if index == 0 else 15, index == 0)
+            draw.text((margin + 16, y), shorten(text, face, label_width - 24), font=face, fill=INK, anchor="lm")
+        if actor is not None:
+            draw.rectangle((margin, top, margin + 6, top + tile_height), fill=colour)
+        for t in range(T):
+            image = pruning.frames[t * pruning.tubelet]
+            if actor is not None:
+                image = attention_tile(image, kept[t], actor.attention[t] / peak, pruning.patch)
+            tile = Image.fromarray(image).resize((tile_width, tile_height), Image.Resampling.LANCZOS)
+            figure.paste(tile, (left[t], top))
+            if t == pruning.keyframe:
+                for index, other in enumerate(actors):
+                    if actor is None or other is actor:
+                        box = _pixels(other.label.box, tile_width, tile_height, 3)
+                        place = tuple(c + o for c, o in zip(box, (left[t], top) * 2, strict=True))
+                        draw.rectangle(place, outline=PANEL, width=5)
+                        draw.rectangle(place, outline=COLOURS[index % len(COLOURS)], width=3)
+            if actor is not None:
+                text = f"{actor.attention[t].sum():.0%} of its attention"
+                place = (left[t] + tile_width / 2, top + tile_height + 11)
+                draw.text(place, text, font=font(12), fill=FAINT, anchor="mm")
+    x = left[pruning.keyframe]
+    outline = (x - 5, head - 3, x + tile_width + 4, head + (1 + len(actors)) * row_height - 7)
+    draw.rounded_rectangle(outline, radius=6, outline=ACCENT, width=3)
+    _attention_legend(figure, margin, size[1] - foot + 22)
+    return figure
+
+
+def _attention_legend(figure: Image.Image, x: int, y: int) -> None:
+    draw = ImageDraw.Draw(figure)
+    bar = np.broadcast_to(heat(np.linspace(0, 1, 160)), (22, 160, 3)).astype(np.uint8)
+    for text, width, image in (
+        ("no attention", 0, None),
+        ("", 160, bar),
+        ("the actor's brightest token", 0, None),
+        ("", 22, np.broadcast_to(DROPPED, (22, 22, 3)).astype(np.uint8)),
+        ("dropped before the decoder", 0, None),
+    ):
+        if image is not None:
+            figure.paste(Image.fromarray(image), (x, y))
+            draw.rectangle((x, y, x + width, y + 22), outline="#b8bec8")
+        draw.text((x, y + 11), text, font=font(15), fill=INK, anchor="lm")
+        x += max(width, text_width(text, font(15))) + (10 if width or text == "no attention" else 40)

@@ -298,6 +298,20 @@ def test_visualize(tmp_path, capfd, rate):
         assert picture.width > 600 and picture.height > 200
     with Video(document["files"]["mp4"]) as video:
         assert sum(1 for _ in video.frames()) == 3 * PRESET.num_frames
+    assert document["people"]
+    for person in document["people"]:
+        assert len(person["attention_per_slice"]) == document["grid"][0] and len(person["actions"]) == 2
+        assert 0 < sum(person["attention_per_slice"]) < 1  # the rest goes to actors
+    with Image.open(document["files"]["attention"]) as picture:
+        assert picture.width > 600 and picture.height > 200
+
+
+def test_visualize_without_decoder(tmp_path, capfd):
+    """A model whose decoder has no block has no attention to show."""
+    path = tmp_path / "linear.safetensors"
+    save_checkpoint(EVAD(EVADConfig.tiny(decoder_depth=0)), path)
+    status, out, _ = run(capfd, "visualize", BIKES, "--checkpoint", path, "--out", tmp_path, "--json")
+    assert status == 0 and json.loads(out)["people"] == [] and "attention" not in json.loads(out)["files"]
 
 
 # profile

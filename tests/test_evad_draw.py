@@ -110,3 +110,38 @@ def test_pruning_pictures(options):
     assert len(pictures) == len(example.frames)
     assert len({picture.shape for picture in pictures}) == 1
     assert all(side % 2 == 0 for side in pictures[0].shape[:2])
+
+
+def test_attention_tile_shows_kept_cells_alone():
+    """Colours of a kept cell follow its share; a dropped one is nearly white, whatever its share."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 200, (92, 118, 3), dtype=np.uint8)
+    kept, share = rng.random((8, 10)) < 0.5, rng.random((8, 10))
+    tile = draw.attention_tile(image, kept, share, 12).astype(int)
+    assert (np.ptp(tile, axis=2) <= 8)[~kept.repeat(12, 0).repeat(12, 1)[:92, :118]].all()
+    flat = np.zeros_like(image)
+    colours = draw.attention_tile(flat, kept, share, 12)[::12, ::12][kept].astype(float).sum(-1)
+    order = share[kept].argsort()
+    assert (np.diff(colours[order]) > -3).all() and colours.max() > 2 * colours.min()
+
+
+def test_heat_is_a_scale_from_dark_to_bright():
+    colours = draw.heat(np.linspace(0, 1, 50)).sum(-1)
+    assert (np.diff(colours) > 0).all() and (draw.heat(np.array([-1.0, 2.0])) == draw.HEAT[[0, -1]]).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"T": 8, "tubelet": 2}, {"layers": ()}])
+@pytest.mark.parametrize("number", [1, 9])
+def test_attention_picture(options, number):
+    """Brightest where the actor looks; the box is on the keyframe alone; at most six actors."""
+    example = pruning(**options)
+    rng = np.random.default_rng(0)
+    labels = crowd(number)
+    actors = [draw.Attending(label, rng.random(example.grid) / 999) for label in labels]
+    figure = draw.attention_figure(example, actors, "A title " * 40, "and more")
+    one = draw.attention_figure(example, actors[:1], "A title", "")
+    assert figure.width == one.width
+    assert (figure.height > one.height) == (number > 1)
+    assert figure.height == draw.attention_figure(example, actors[:6], "A title", "").height
+    picture = np.asarray(figure)
+    assert (picture[0] == 255).all() and (picture[:, 0] == 255).all()

@@ -269,7 +269,7 @@ def test_equal_importance_keeps_order():
     x = torch.randn(1, 1, 96).expand(1, 128, 96)
     tokens = Tokens(x, torch.arange(128)[None].roll(64, dims=1), 64)
     with torch.no_grad():
-        kept = block(tokens, 10, 1.0, "importance").position
+        kept = block(tokens, 10, model.config).position
     assert torch.equal(kept[0, 64:], tokens.position[0, 64:74])
 
 
@@ -539,3 +539,98 @@ def test_any_size_and_rate(sizes, rate, token_order, weight):
         assert kept.shape == (len(sizes), tokens)
         assert all(len(set(row)) == tokens and min(row) >= 0 and max(row) < 2 * keyframe for row in kept.tolist())
     assert all(x.isfinite().all() for x in output[:3])
+
+
+# The paper's ablations
+
+
+def decoder_tokens(model, clips):
+    """What the encoder hands to the decoder."""
+    return model.encoder(model.batch(clips)[0]).tokens
+
+
+@pytest.mark.parametrize("fields", [{"pruning": "random"}, {"pruning": "least"}, {"decoder_depth": 0}])
+@pytest.mark.parametrize("token_order", ["position", "importance"])
+def test_ablations_learn(fields, token_order):
+    model = micro(token_order=token_order, **fields).train()
+    target = {"boxes": torch.tensor([[10.0, 10, 50, 80]]), "labels": torch.eye(7)[:1]}
+    model.loss([clip()], [target])["loss_total"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_least_important_and_random_tokens():
+    """Together the most and the least important half are all; random ones change with torch's seed alone."""
+    kept = {}
+    for pruning in ("attention", "least", "random"):
+        model = micro(0.625, pruning=pruning, pruning_blocks=(1,))
+        torch.manual_seed(3)
+        (kept[pruning],) = (set(kept[0].tolist()) for kept in model(clip()[None]).kept)
+        torch.manual_seed(3)
+        assert kept[pruning] == set(model(clip()[None]).kept[0][0].tolist())
+    keyframe = kept["attention"] & kept["least"]
+    assert keyframe == set(range(64, 128)) and len(kept["attention"] | kept["least"]) == 2 * 80 - 64
+    assert len({frozenset(some) for some in kept.values()}) == 3 and keyframe < kept["random"]
+
+
+def test_unified_pruning_may_drop_the_keyframe():
+    model, whole = (micro(0.7, keep_keyframe=keep, pruning_blocks=(2,)) for keep in (False, True))
+    assert_close(model.encoder(clip()[None]).keyframes[0], whole.encoder(clip()[None]).keyframes[0])
+    encoded = model.encoder(clip()[None])
+    (kept,) = encoded.kept
+    inside = (kept >= 64) & (kept < 128)
+    assert kept.shape[1] == math.ceil(0.7 * 128) and 0 < inside.sum() < 64
+    dropped = torch.ones(64, dtype=torch.bool).scatter(0, kept[inside] - 64, False).view(8, 8)
+    after = encoded.keyframes[2][0]  # of the block that pruned
+    assert (after[:, dropped] == 0).all() and (after[:, ~dropped] != 0).any(0).all()
+    model.set_keep_rate(1.0)
+    whole.set_keep_rate(1.0)
+    assert_close(model(clip()[None]).boxes, whole(clip()[None]).boxes)
+
+
+def test_decoder_gets_dropped_tokens_back():
+    """Kept tokens are what they are without the others, dropped ones what a model pruning later would have seen."""
+    model, usual = (micro(0.7, decoder_input=kind, pruning_blocks=(3,)) for kind in ("all", "kept"))
+    every, kept = decoder_tokens(model, clip()[None]), decoder_tokens(usual, clip()[None])
+    assert every.position[0].sort().values.tolist() == list(range(128)) and every.num_keyframe == 64
+    rows = every.position.argsort(dim=1).gather(1, kept.position)
+    assert_close(every.x[0, rows[0]], kept.x[0])
+    usual.encoder.blocks[3] = torch.nn.Identity()
+    before = decoder_tokens(usual, clip()[None])
+    assert torch.equal(before.position, every.position)
+    dropped = torch.ones(128, dtype=torch.bool).scatter(0, rows[0], False)
+    assert_close(every.x[0, dropped], before.x[0, dropped])
+
+
+def test_linear_head_sees_boxes_alone():
+    model = micro(decoder_depth=0)
+    assert not len(model.decoder.blocks) and len(model.decoder.classifiers) == 1
+    assert model(clip()[None]).action_logits.shape == (1, 5, 7)
+    with pytest.raises(ValueError, match="decoder_depth must be at least 1"):
+        model.attention(clip()[None])
+
+
+# What actors attend to
+
+
+def test_decoder_attention():
+    """The last block's attention map, written out."""
+    model = micro()
+    seen = {}
+    model.decoder.blocks[-1].norm1.register_forward_hook(lambda _, inputs, result: seen.update(x=result))
+    output, attention = model.attention([clip(90, 70)])
+    usual = model([clip(90, 70)])
+    assert all(torch.equal(a, b) for a, b in zip(output[:3], usual[:3], strict=True))
+    assert attention.shape == (1, 5, 2, 8, 6)
+    kept = output.kept[-1][0]
+    flat = attention[0].flatten(1)
+    assert (flat[:, kept] > 0).all() and flat.count_nonzero() == 5 * len(kept)
+    last = model.decoder.blocks[-1].attn
+    query, key = (part.unflatten(-1, (2, 32)) for part in last.qkv(seen["x"]).split(64, dim=-1)[:2])
+    query = query + last.q_bias.view(2, 32)
+    for actor, head in itertools.product(range(5), range(2)):
+        if head == 0:
+            expected = torch.zeros(len(kept))
+        logits = key[0, :, head] @ query[0, len(kept) + actor, head] / math.sqrt(32)
+        expected += logits.exp()[: len(kept)] / logits.exp().sum() / 2
+        if head == 1:
+            assert_close(flat[actor, kept], expected)

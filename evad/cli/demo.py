@@ -20,7 +20,7 @@ from ..video import Video, VideoWriter
 from ..weights import TINY
 from ._common import Built, add_model_arguments, build, read_labels, say, writable_folder
 from .detect import Result, detect
-from .visualize import prune, write
+from .visualize import look, write
 
 DESCRIPTION = """\
 Render a short clip of moving actors, find people in it and what they do, and show which tokens are kept and what that
@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
         found = detect(built, video, folder, labels)
         if found.interrupted:
             return 130
-        time, pruning = prune(built, video, video.duration / 2, None)
-        files = {"clip": path, **found.files, **write(built, video, time, pruning, folder, animate=True)}
+        seen = look(built, video, video.duration / 2, None, labels)
+        files = {"clip": path, **found.files, **write(built, video, seen, folder, animate=True)}
+    pruning = seen.pruning
     files["keyframe"] = folder / "demo.keyframe.png"
     Image.fromarray(found.picture).save(files["keyframe"])
     say("counting operations, timing kernels and reference ...")
@@ -172,6 +173,7 @@ def _print(document: dict, built: Built, found: Result) -> None:
         "keyframe": "one keyframe",
         "png": "kept tokens",
         "mp4": "kept tokens, moving",
+        "attention": "what people attend to",
         "csv": "detections, AVA's format",
         "json": "detections",
     }
