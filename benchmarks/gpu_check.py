@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 OPS = ("scatter_tokens", "token_selection", "keyframe_attention", "roi_align_3d", "pyramid_roi_align")
 OP_TESTS = [f"tests/test_{op}.py" for op in OPS]
+EVAD_TESTS = ("static", "compiled", "stream")
 WORKERS = ["-n", "4"] if importlib.util.find_spec("xdist") else []  # compiling is most of the time
 REPORT_TAIL = 60_000  # characters of a log that the report keeps
 REWRITTEN = ("README.md", "benchmarks/results/*", "evad_kernels/*_tuning.py")  # by measuring
@@ -71,7 +72,7 @@ STAGES = {
     "tests-triton": Stage(pytest(*WORKERS, "-m", "not slow", "-k", "triton", *OP_TESTS), 240, "tests"),
     "tests-cuda": Stage(pytest(*WORKERS, "-m", "not slow", "-k", "cuda", *OP_TESTS), 240, "tests"),
     "tests-gpu": Stage(pytest(*WORKERS, "tests/test_gpu.py"), 240, "tests"),
-    "tests-evad": Stage(pytest("tests/test_evad_static.py", "tests/test_evad_compiled.py"), 240, "tests"),
+    "tests-evad": Stage(pytest(*(f"tests/test_evad_{name}.py" for name in EVAD_TESTS)), 240, "tests"),
     **{
         f"{tool}-{backend}": sanitizer(tool, backend)
         for tool in ("memcheck", "racecheck", "initcheck")

@@ -73,18 +73,19 @@ class Compiled:
         Raises:
             ValueError, TypeError: clips of another shape or kind, or too many.
         """
-        return self._call(clips)[0]
+        return self.run(clips)[0]
 
     def score(self, clips: Tensor | Sequence[Tensor]) -> Scored:
         """Boxes inside the clip and scores of all proposals; nothing waits for the device. Clips as for a call."""
-        return self._call(clips)[1]
+        return self.run(clips)[1]
 
     def detect(self, clips: Tensor | Sequence[Tensor], threshold: float | None = None) -> list[Detections]:
         """``EVAD.detect`` of the clips: those of ``score`` whose person score reaches the threshold."""
         threshold = self.model.config.person_threshold if threshold is None else threshold
         return select_detections(self.score(clips), [self.clip_shape[-2:]] * len(clips), threshold)
 
-    def _call(self, clips: Tensor | Sequence[Tensor]) -> tuple[EVADOutput, Scored]:
+    def run(self, clips: Tensor | Sequence[Tensor]) -> tuple[EVADOutput, Scored]:
+        """What a call and ``score`` give, at once."""
         number = self._check(clips)
         if self._graph is not None:
             return _first(self._graph.replay(clips), number)

@@ -12,11 +12,14 @@ one clamp to it.
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import av
 import numpy as np
@@ -65,7 +68,10 @@ class Video:
         sample_aspect_ratio: Width over height of a pixel. Frames are not resampled to square pixels: neither training
             clips nor boxes are; ``VideoWriter`` passes it on.
         skipped: Frames (or packets) dropped so far because they were damaged.
+        source, name: What was asked for, and what files about it are called.
     """
+
+    live = False
 
     def __init__(self, path: str | Path):
         """Open ``path``.
@@ -73,26 +79,29 @@ class Video:
         Raises:
             VideoError: missing, not a video, or no frame in it can be decoded.
         """
-        self.path = Path(path)
+        self.path, self.source, self.name = Path(path), str(path), Path(path).stem
         if not self.path.exists():
             raise VideoError(f"{path}: no such file")
         if self.path.is_dir():
             raise VideoError(f"{path}: is a folder, not a video")
+        self._begin()
+
+    def _begin(self) -> None:
         self._container = None
         try:
             self._open()
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(f"{path}: not a video that can be read ({_reason(error)})") from error
+            raise VideoError(f"{self.source}: not a video that can be read ({_reason(error)})") from error
         if self._stream is None:
             self.close()
-            raise VideoError(f"{path}: has no video stream")
+            raise VideoError(f"{self.source}: has no video stream")
         self.skipped = 0
         self._coded: tuple[int, int] | None = None
         self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 30)
         self.duration = self._stated_duration()
         self._zero = None if self._stream.start_time is None else self._stream.start_time * self._stream.time_base
         try:
-            first = next(self.frames())
+            first = self._first_frame()
         except VideoError:
             self.close()
             raise
@@ -102,6 +111,9 @@ class Video:
         ratio = self._stream.sample_aspect_ratio or Fraction(1)
         turned = matrix is not None and _transposes(matrix)
         self.sample_aspect_ratio = 1 / ratio if turned else ratio
+
+    def _first_frame(self) -> Frame:
+        return next(self.frames())
 
     def __enter__(self) -> Video:
         return self
@@ -131,7 +143,7 @@ class Video:
             if attempt <= 0 or (shown is not None and shown.time <= start + ROUNDING):
                 break
         if shown is None:
-            raise VideoError(f"{self.path}: no frame could be decoded" + (f" after {start:g} s" if start > 0 else ""))
+            raise VideoError(f"{self.source}: no frame could be decoded" + (f" after {start:g} s" if start > 0 else ""))
         for frame in frames:
             if frame.time > start + ROUNDING:
                 yield shown
@@ -146,11 +158,14 @@ class Video:
     def _open(self) -> None:
         self.close()
         self._container = av.open(str(self.path))
+        self._choose_stream("AUTO")
+        self._at_start = True
+
+    def _choose_stream(self, thread_type: str) -> None:
         streams = [s for s in self._container.streams.video if not s.disposition & _COVER_ART]
         self._stream = streams[0] if streams else None
         if streams:
-            self._stream.thread_type = "AUTO"
-        self._at_start = True
+            self._stream.thread_type = thread_type
 
     def _seek(self, start: float) -> None:
         """Go to a place at or before ``start``; the beginning is reached by opening anew, for seeks may miss it."""
@@ -176,7 +191,7 @@ class Video:
                 time = 0.0 if last is None else last + step
             else:
                 stamp = frame.pts * frame.time_base
-                if self._zero is None:
+                if self._zero is None or (self.live and last is None):
                     self._zero = stamp
                 time = float(stamp - self._zero)
             if last is not None and (time <= last or self._beyond(time)):
@@ -210,6 +225,96 @@ class Video:
             except (av.error.FFmpegError, OSError):
                 failures += 1
                 self.skipped += 1
+
+
+class LiveVideo(Video):
+    """A camera, an address or a pipe: read once, from now on, as it comes.
+
+    Args:
+        source: "-" for standard input, the path of a named pipe or of a camera, a camera's number (Linux and macOS), or
+            an address such as rtsp://... or http://...
+        timeout: Seconds without data after which the source has ended.
+    """
+
+    live = True
+
+    def __init__(self, source: str, timeout: float = 10.0):
+        self.source, self._timeout = source, timeout
+        self._reading, self._closed = threading.Lock(), False
+        self._address, self._format, self.name = _address(source)
+        self.path = Path(self.name)
+        self._begin()
+
+    def close(self) -> None:
+        """At once, or by the thread that is waiting for a frame, when that has come."""
+        self._closed = True
+        if self._reading.acquire(blocking=False):
+            super().close()
+            self._reading.release()
+
+    def _open(self) -> None:
+        options = {"fflags": "nobuffer", "rtsp_transport": "tcp"} if "://" in self._address else {}
+        self._container = av.open(self._address, format=self._format, options=options, timeout=self._timeout)
+        self._choose_stream("SLICE")  # threads that take a frame each would hold back as many frames
+
+    def _first_frame(self) -> Frame:
+        self._frames = self._decode()
+        self._first = next(self._frames, None)
+        if self._first is None:
+            raise VideoError(f"{self.source}: no frame could be decoded")
+        return self._first
+
+    def frames(self, start: float = 0.0) -> Iterator[Frame]:
+        """Frames from the first to the last that comes; once."""
+        first, self._first = self._first, None
+        if first is not None:
+            yield first
+        yield from self._frames
+
+    def _stated_duration(self) -> None:
+        return None
+
+    def _raw_frames(self) -> Iterator[av.VideoFrame]:
+        """Until the source ends, or says nothing for as long as the timeout."""
+        packets = self._container.demux(self._stream)
+        while True:
+            with self._reading:
+                try:
+                    frames = next(packets).decode()
+                except StopIteration:
+                    return
+                except av.error.InvalidDataError:
+                    frames, self.skipped = [], self.skipped + 1
+                except (av.error.FFmpegError, OSError):  # gone, or silent
+                    return
+            if self._closed:
+                return self.close()
+            yield from frames
+
+
+def is_live(source: str) -> bool:
+    """Whether ``LiveVideo`` reads it, rather than ``Video``."""
+    path = Path(source)
+    if source == "-" or "://" in source:
+        return True
+    if not path.exists():
+        return source.isdecimal()
+    return path.is_fifo() or path.is_char_device()
+
+
+def _address(source: str) -> tuple[str, str | None, str]:
+    """What FFmpeg opens, in which format (None: it finds out), and a name for files."""
+    if source == "-":
+        return "pipe:0", None, "stdin"
+    if "://" in source:
+        parts = urlsplit(source)
+        return source, None, Path(parts.path).stem or parts.hostname or "stream"
+    camera = {"linux": "v4l2", "darwin": "avfoundation"}.get(sys.platform)
+    if source.isdecimal() and not Path(source).exists():
+        if camera is None:
+            raise VideoError(f"{source}: cameras are known by number on Linux and macOS only")
+        return (f"/dev/video{source}" if camera == "v4l2" else source), camera, f"camera{source}"
+    return source, "v4l2" if Path(source).is_char_device() else None, Path(source).stem
 
 
 _COVER_ART = av.stream.Disposition.attached_pic

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-import torch
 
 from .. import ava, draw
 from ..data.media import VIDEOS
-from ..video import ROUNDING, Clip, ClipSampler, Frame, Video, VideoError, VideoWriter, normalize, resize
+from ..stream import Decoder, Found, LiveDecoder, Runner
+from ..video import ROUNDING, Clip, ClipSampler, Frame, LiveVideo, Video, VideoError, VideoWriter, is_live, resize
 from . import CommandError
 from ._common import (
     Built,
@@ -47,11 +47,18 @@ Writes to the --out folder, for a video called party.mp4:
                           every box (as the released evaluation: where nobody reaches --threshold, of all boxes)
   party.detections.json   the people who reach --threshold, with their best actions, and what was run
 
+A live source (a camera, an address, a pipe) is looked at as it comes: where the model falls behind, the newest
+keyframe wins, the others are dropped and counted, and the video shows the boxes known when a frame came. --no-live
+looks at every keyframe, and lets the source wait.
+
 Of several videos also detections.csv, all together. They are shared by the processes that torchrun starts; a video that
 cannot be read is said and left out.
 
 The annotated video has no sound. Ctrl-C stops after the clip under way and leaves these files whole up to there.
 """
+
+
+HELD_SECONDS = 4.0  # of a live video's frames that wait to be written, at most
 
 
 def add_parser(commands) -> None:
@@ -65,13 +72,22 @@ def add_parser(commands) -> None:
         "video",
         nargs="+",
         metavar="VIDEO",
-        help="any file that FFmpeg reads, a folder of them, or a list of their paths (.txt, one a line)",
+        help="any file that FFmpeg reads, a folder of them, or a list of their paths (.txt, one a line); or a live "
+        "source: a camera's number, an address (rtsp://, http://, ...), a named pipe, - for standard input",
     )
     parser.add_argument("--out", type=Path, default=Path("evad_out"), metavar="DIR", help="folder [evad_out]")
     parser.add_argument(
         "--json", action="store_true", help="print the JSON on stdout, of several videos a list, and nothing else"
     )
     parser.add_argument("--no-video", action="store_true", help="write no annotated video")
+    parser.add_argument(
+        "--batch", type=number(int, 1), metavar="N", help="clips at a time; frames wait for them [8 on a GPU, else 1]"
+    )
+    parser.add_argument(
+        "--live",
+        action=argparse.BooleanOptionalAction,
+        help="drop keyframes rather than fall behind [for a camera, an address or a pipe]",
+    )
     group = parser.add_argument_group("what to look at")
     group.add_argument(
         "--every", type=number(float, 0.01), default=1.0, metavar="SECONDS", help="from keyframe to keyframe [1]"
@@ -99,10 +115,10 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    paths = _videos(args.video)
-    several = len(paths) > 1
-    if not several:
-        with Video(paths[0]) as video:
+    sources = _videos(args.video)
+    several = len(sources) > 1
+    if not several and not is_live(str(sources[0])):
+        with Video(sources[0]) as video:
             _check_span(video, args.start, args.end)
     config, _ = configuration(args)
     placement(args)
@@ -112,10 +128,11 @@ def run(args: argparse.Namespace) -> int:
         built = build(args)
         if built.note and not rank:
             say(f"evad detect: {built.note}")
+        runner = Runner(built.model, args.batch or (8 if built.device.type == "cuda" else 1))
         files, failed, interrupted = [], [], False
-        for path in paths[rank::world]:
+        for source in sources[rank::world]:
             try:
-                with Video(path) as video:
+                with open_video(source) as video:
                     _check_span(video, args.start, args.end)
                     result = detect(
                         built,
@@ -129,6 +146,8 @@ def run(args: argparse.Namespace) -> int:
                         threshold=args.threshold,
                         top=args.top,
                         annotate=not args.no_video,
+                        live=video.live if args.live is None else args.live,
+                        runner=runner,
                     )
             except (VideoError, CommandError) as error:
                 if not several:
@@ -152,12 +171,17 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             _print_json([written["json"] for written in files], several)
         if failed:
-            say(f"evad detect: {len(failed)} of {len(paths)} videos could not be read")
+            say(f"evad detect: {len(failed)} of {len(sources)} videos could not be read")
         return 130 if interrupted else 2 if failed else 0
 
 
-def _videos(words: list[str]) -> list[Path]:
-    """The videos that are meant: files, those in folders, and those that a list (.txt, one a line) names."""
+def _videos(words: list[str]) -> list[Path] | list[str]:
+    """The videos that are meant: files, those in folders, and those that a list (.txt, one a line) names; or a source
+    that is live."""
+    if any(map(is_live, words)):
+        if len(words) > 1:
+            raise CommandError(f"{next(filter(is_live, words))}: a live source is looked at alone")
+        return words
     paths: list[Path] = []
     for word in words:
         path = Path(word)
@@ -202,8 +226,10 @@ def _print_json(parts: list[Path], several: bool) -> None:
 
 
 def _check_span(video: Video, start: float, end: float | None) -> None:
+    if video.live and start > 0:
+        raise CommandError(f"--start: {video.source} is live, it begins now")
     if video.duration is not None and start > video.duration:
-        raise CommandError(f"--start: {start:g} s is after the end of {video.path} ({video.duration:.2f} s)")
+        raise CommandError(f"--start: {start:g} s is after the end of {video.source} ({video.duration:.2f} s)")
     if end is not None and end < start:
         raise CommandError(f"--end: {end:g} s is before --start, {start:g} s")
 
@@ -217,6 +243,8 @@ class Result(NamedTuple):
     frames: int
     skipped: int
     seconds: float  # in the model, all keyframes
+    wall_seconds: float
+    live: LiveDecoder | None  # which counts what was dropped
     interrupted: bool
     picture: np.ndarray | None  # an annotated keyframe, about the middle
 
@@ -234,13 +262,16 @@ def detect(
     threshold: float | None = None,
     top: int = 3,
     annotate: bool = True,
+    live: bool = False,
+    runner: Runner | None = None,
 ) -> Result:
-    """Run the model around every keyframe of ``video`` and write the files; the options are those of the command."""
+    """Run the model around the keyframes of ``video`` and write the files; the options are those of the command."""
     config = built.config
     size = config.short_side if size is None else size
     threshold = config.person_threshold if threshold is None else threshold
     end = math.inf if end is None else end
-    stem = video.path.stem
+    runner = runner or Runner(built.model)
+    stem = video.name
     files = {"csv": folder / f"{stem}.detections.csv", "json": folder / f"{stem}.detections.json"}
     if annotate:
         files["video"] = folder / f"{stem}.annotated.mp4"
@@ -258,8 +289,9 @@ def detect(
     overlay = draw.Overlay(*canvas, [], note)
     waiting: deque[Frame] = deque()  # frames whose keyframe's boxes are not known yet
     keyframes = people = frames = 0
-    model_seconds = 0.0
+    model_seconds, begin = 0.0, time.perf_counter()
     picture, middle = None, _middle(video, start, end)
+    decoder: LiveDecoder | None = None
 
     with ExitStack() as stack:
         stop = stack.enter_context(Stopper())
@@ -281,66 +313,130 @@ def detect(
             stack.enter_context(writer)
         progress = stack.enter_context(_progress(video, start, end))
 
-        def write_known() -> None:
+        def write(frame: Frame) -> None:
             nonlocal frames
-            while waiting and waiting[0].time < sampler.next_time - ROUNDING:
-                frame = waiting.popleft()
-                frames += 1
-                if writer is not None:
-                    writer.write(overlay.on(frame.rgb(canvas)), max(0.0, frame.time - start))
+            frames += 1
+            if writer is not None:
+                writer.write(overlay.on(frame.rgb(canvas)), max(0.0, frame.time - start))
 
-        def handle(clips: Iterator[Clip]) -> None:
+        def record(clip: Clip, found: Found, latency: float | None = None) -> None:
+            """Write a keyframe's detections; its boxes are drawn from now on."""
             nonlocal overlay, keyframes, people, model_seconds, picture
-            for clip in clips:
-                found = _run_model(built, clip, threshold)
-                model_seconds += found.seconds
-                keyframes += 1
-                csv_writer.write(stem, clip.time, found.boxes, found.actions)
-                shown = _people(found, threshold, labels, top, built.weights == "random")
-                people += len(shown)
-                document.add(_keyframe(clip.time, shown, found))
-                overlay = draw.Overlay(*canvas, [person.label for person in shown], note)
-                if waiting and (picture is None or clip.time <= middle):
-                    nearest = min(waiting, key=lambda frame: abs(frame.time - clip.time))
-                    picture = overlay.on(nearest.rgb(canvas))
-                write_known()
-                if stop.requested:
-                    return
+            model_seconds += found.seconds
+            keyframes += 1
+            placed = _placed(found)
+            csv_writer.write(stem, clip.time, placed.boxes, placed.actions)
+            shown = _people(placed, threshold, labels, top, built.weights == "random")
+            people += len(shown)
+            document.add(_keyframe(clip.time, shown, found, latency))
+            overlay = draw.Overlay(*canvas, [person.label for person in shown], note)
+            if waiting and (picture is None or clip.time <= middle):
+                nearest = min(waiting, key=lambda frame: abs(frame.time - clip.time))
+                picture = overlay.on(nearest.rgb(canvas))
 
-        for frame in video.frames(max(0.0, start - sampler.lead)):
-            handle(sampler.push(frame))
-            if stop.requested or frame.time > end + sampler.tail:
-                break
-            if start - ROUNDING <= frame.time <= end:
-                waiting.append(frame)
-            write_known()
-            progress(frame.time, keyframes)
-        if not stop.requested:
-            handle(sampler.finish())
-        if not stop.requested:
+        def every_keyframe() -> None:
+            ahead = min(256, max(16, math.ceil(video.fps * every * runner.batch)))
+            steps = Decoder(video, sampler, max(0.0, start - sampler.lead), end + sampler.tail, ahead)
+            stack.callback(steps.close)
+            under_way: deque[Clip] = deque()  # complete, results not written
+            pending: list[Clip] = []  # of these, not submitted
+
+            def write_known(next_time: float) -> None:
+                known = under_way[0].time if under_way else next_time
+                while waiting and waiting[0].time < known - ROUNDING:
+                    write(waiting.popleft())
+
+            def take(results: list[tuple[Clip, Found]], next_time: float) -> None:
+                for clip, found in results:
+                    record(clip, found)
+                    under_way.popleft()
+                    write_known(next_time)
+                    if stop.requested:
+                        return
+
+            for step in steps:
+                for clip in step.clips:
+                    pending.append(clip)
+                    under_way.append(clip)
+                    if len(pending) == runner.batch:
+                        take(runner.submit(pending, threshold), step.next_time)
+                        pending = []
+                    if stop.requested:
+                        break
+                if stop.requested:
+                    break
+                if step.frame is None:
+                    if pending:
+                        take(runner.submit(pending, threshold), step.next_time)
+                    take(runner.finish(), step.next_time)
+                elif start - ROUNDING <= step.frame.time <= end:
+                    waiting.append(step.frame)
+                write_known(step.next_time)
+                if step.frame is not None:
+                    progress(step.frame.time, keyframes, frames)
+            if stop.requested:
+                return
             if not keyframes:
-                raise CommandError(f"--start: no frame of {video.path} is shown at {start:g} s or later")
-            write_known()
+                raise CommandError(f"--start: no frame of {video.source} is shown at {start:g} s or later")
+            while waiting:
+                write(waiting.popleft())
+
+        def newest_keyframe() -> LiveDecoder:
+            held = math.ceil(video.fps * HELD_SECONDS) if annotate else 0
+            decoder = LiveDecoder(video, sampler, end + sampler.tail, held)
+            stack.callback(decoder.close)
+            while not stop.requested:
+                ended = decoder.ended
+                taken = decoder.take(timeout=0.1)
+                for frame in decoder.take_frames():
+                    if frame.time <= end:
+                        write(frame)
+                if taken is not None:
+                    clip, complete = taken
+                    for _, found in runner.submit([clip], threshold) + runner.finish():
+                        record(clip, found, time.perf_counter() - complete)
+                    progress(clip.time, keyframes, frames)
+                elif ended:
+                    break
+            return decoder
+
+        if live:
+            decoder = newest_keyframe()
+        else:
+            every_keyframe()
+        wall_seconds = time.perf_counter() - begin
         document.end(
             frames=frames,
             skipped_frames=video.skipped,
+            **({} if decoder is None else _dropped(decoder)),
             interrupted=stop.requested,
             model_seconds=round(model_seconds, 4),
+            wall_seconds=round(wall_seconds, 4),
             files={name: str(path) for name, path in files.items()},
         )
         interrupted = stop.requested
-    return Result(files, keyframes, people, frames, video.skipped, model_seconds, interrupted, picture)
+    return Result(
+        files, keyframes, people, frames, video.skipped, model_seconds, wall_seconds, decoder, interrupted, picture
+    )
+
+
+def open_video(source: Path | str) -> Video:
+    return LiveVideo(str(source)) if is_live(str(source)) else Video(source)
+
+
+def _dropped(decoder: LiveDecoder) -> dict[str, int]:
+    return {"dropped_keyframes": decoder.dropped_clips, "dropped_frames": decoder.dropped_frames}
 
 
 # One clip
 
 
-class _Found(NamedTuple):
-    boxes: list[list[float]]  # in parts of the picture
+class _Placed(NamedTuple):
+    """Detections, the boxes in parts of the picture."""
+
+    boxes: list[list[float]]
     scores: list[float]
     actions: list[list[float]]
-    tokens: list[int]  # kept after each pruning layer
-    seconds: float
 
 
 class _Person(NamedTuple):
@@ -348,27 +444,13 @@ class _Person(NamedTuple):
     actions: list[dict]
 
 
-@torch.inference_mode()
-def _run_model(built: Built, clip: Clip, threshold: float) -> _Found:
-    from ..detector import select_detections
-
-    config = built.config
-    begin = time.perf_counter()
-    pixels = normalize(clip.samples, config.pixel_mean, config.pixel_std).to(built.device, built.dtype)
-    height, width = pixels.shape[-2:]
-    output = built.model([pixels])
-    detections = select_detections(output, [(height, width)], threshold)[0]
-    boxes = detections.boxes.float() / detections.boxes.new_tensor([width, height, width, height], dtype=torch.float32)
-    return _Found(
-        boxes.tolist(),
-        detections.person_scores.tolist(),
-        detections.action_scores.tolist(),  # which also waits for the device
-        [positions.shape[1] for positions in output.kept],
-        time.perf_counter() - begin,
-    )
+def _placed(found: Found) -> _Placed:
+    height, width = found.size
+    boxes = found.detections.boxes / found.detections.boxes.new_tensor([width, height, width, height])
+    return _Placed(boxes.tolist(), found.detections.person_scores.tolist(), found.detections.action_scores.tolist())
 
 
-def _people(found: _Found, threshold: float, labels: tuple[str, ...], top: int, random: bool) -> list[_Person]:
+def _people(found: _Placed, threshold: float, labels: tuple[str, ...], top: int, random: bool) -> list[_Person]:
     """Who reaches the threshold, highest score first. Of random weights, which tell nobody apart: the best three."""
     order = sorted(range(len(found.scores)), key=lambda row: -found.scores[row])
     rows = order[:3] if random else [row for row in order if found.scores[row] >= threshold]
@@ -382,11 +464,12 @@ def _people(found: _Found, threshold: float, labels: tuple[str, ...], top: int, 
     return people
 
 
-def _keyframe(seconds: float, people: list[_Person], found: _Found) -> dict:
+def _keyframe(seconds: float, people: list[_Person], found: Found, latency: float | None) -> dict:
     return {
         "time": round(seconds, 3),
         "tokens_kept": found.tokens,
         "model_seconds": round(found.seconds, 4),
+        **({} if latency is None else {"latency_seconds": round(latency, 4)}),
         "people": [
             {
                 "box": [round(value, 4) for value in person.label.box],
@@ -429,7 +512,7 @@ class _Document:
 
 def _describe(video: Video) -> dict:
     return {
-        "path": str(video.path),
+        "path": video.source,
         "width": video.width,
         "height": video.height,
         "fps": round(video.fps, 4),
@@ -445,8 +528,8 @@ def _middle(video: Video, start: float, end: float) -> float:
 
 
 @contextmanager
-def _progress(video: Video, start: float, end: float) -> Iterator[Callable[[float, int], None]]:
-    """A bar on stderr with rate and time left; yields what is told the time reached and the keyframes done."""
+def _progress(video: Video, start: float, end: float) -> Iterator[Callable[[float, int, int], None]]:
+    """A bar on stderr with rates and time left; yields what is told the time reached, the keyframes and frames done."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -454,18 +537,18 @@ def _progress(video: Video, start: float, end: float) -> Iterator[Callable[[floa
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[reached]:.1f} s of video, {task.fields[rate]:.1f} clips/s, left"),
+        TextColumn("{task.fields[reached]:.1f} s of video, {task.fields[rates]}, left"),
         TimeRemainingColumn(),
     )
     begin = time.perf_counter()
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
         total = None if math.isinf(last) else max(last - start, 1e-3)
-        task = bar.add_task(video.path.name, total=total, reached=0.0, rate=0.0)
+        task = bar.add_task(Path(video.source).name, total=total, reached=0.0, rates="")
 
-        def update(seconds: float, keyframes: int) -> None:
-            reached = max(0.0, seconds - start)
-            rate = keyframes / (time.perf_counter() - begin)
-            bar.update(task, completed=reached, reached=reached, rate=rate)
+        def update(seconds: float, keyframes: int, frames: int) -> None:
+            reached, passed = max(0.0, seconds - start), time.perf_counter() - begin
+            rates = f"{keyframes / passed:.1f} clips/s, {frames / passed:.0f} frames/s"
+            bar.update(task, completed=reached, reached=reached, rates=rates)
 
         yield update
 
@@ -473,8 +556,11 @@ def _progress(video: Video, start: float, end: float) -> Iterator[Callable[[floa
 def _report(result: Result) -> None:
     say(
         f"{'stopped after' if result.interrupted else 'done:'} {result.keyframes} keyframes, {result.people} people, "
-        f"{result.frames} frames; {result.seconds / max(result.keyframes, 1):.3f} s a clip in the model"
+        f"{result.frames} frames ({result.frames / result.wall_seconds:.0f}/s); "
+        f"{result.seconds / max(result.keyframes, 1):.3f} s a clip in the model"
     )
+    if result.live is not None:
+        say(f"dropped to stay up to date: {result.live.dropped_clips} keyframes, {result.live.dropped_frames} frames")
     if result.skipped:
         say(f"{result.skipped} damaged frames were left out")
     for path in result.files.values():
