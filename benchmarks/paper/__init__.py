@@ -1,0 +1,1 @@
+"""The paper's experiments on synthetic clips: ``python -m benchmarks.paper``."""

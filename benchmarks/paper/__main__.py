@@ -1,0 +1,73 @@
+"""Train, evaluate and report the paper's experiments on synthetic clips.
+
+python -m benchmarks.paper                   # everything that has no record yet, seed after seed, then the report
+python -m benchmarks.paper --list            # the runs, and which have records
+python -m benchmarks.paper --only shipped    # runs whose name begins so
+python -m benchmarks.paper --report          # only the report
+
+Kill it at any moment: the same command goes on. 37 kinds of run, 600 steps each after a start of 900 that a seed's runs
+share: minutes a run on a GPU, about ten on two quiet cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from . import report, runner
+from .experiments import RUNS
+
+HERE = Path(__file__).parent
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    plan = runner.Plan()
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="runs whose names begin so [all]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="[0 1 2]")
+    parser.add_argument("--steps", type=int, default=plan.steps, help=f"of a run [{plan.steps}]")
+    parser.add_argument("--start-steps", type=int, default=plan.start_steps, help=f"of a start [{plan.start_steps}]")
+    parser.add_argument("--clips", type=int, default=plan.clips, help=f"that a model is scored on [{plan.clips}]")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of runs/ and REPORT.md [benchmarks/paper]")
+    parser.add_argument("--work", type=Path, default=Path("evad_paper"), help="folder of checkpoints [evad_paper]")
+    parser.add_argument("--list", action="store_true", help="print the runs and their seeds on record, then stop")
+    parser.add_argument("--report", action="store_true", help="only write the report")
+    args = parser.parse_args(arguments)
+    records = args.out / "runs"
+    if args.list:
+        known = report.read_records(records)
+        for run in RUNS:
+            print(f"{run.name:45} {run.kind:8} {' '.join(str(record['seed']) for record in known.get(run.name, ()))}")
+        return
+    if not args.report:
+        plan = plan._replace(steps=args.steps, start_steps=args.start_steps, clips=args.clips, device=args.device)
+        make_all(plan, args.only, args.seeds, records, args.work)
+    (args.out / "REPORT.md").write_text(report.text(report.read_records(records)))
+    print(args.out / "REPORT.md")
+
+
+def make_all(plan: runner.Plan, names: list[str], seeds: list[int], records: Path, work: Path) -> int:
+    """Make what has no record, all runs of a seed before the next seed's; returns how many were made."""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    chosen = [run for run in RUNS if any(run.name.startswith(name) for name in names)]
+    made = 0
+    for seed in seeds:
+        for run in chosen:
+            if run.kind == "shipped" and seed != seeds[0]:
+                continue  # there is one shipped model
+            say(f"{run.name}, seed {seed}")
+            made += runner.make(run, seed, plan, records, work, say)
+    return made
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Writes REPORT.md from the records: the paper's number and ours side by side, and which trends hold."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .experiments import EXPERIMENTS, RUNS, Experiment, Row, Trend
+
+CLAIM = 3  # seeds from which a difference between trainings is claimed
+Records = Mapping[str, Sequence[dict]]  # by run, one a seed, in the order of seeds
+
+
+def read_records(folder: Path) -> Records:
+    records: dict[str, list[dict]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        records.setdefault(record["run"], []).append(record)
+    return {run: sorted(some, key=lambda record: record["seed"]) for run, some in records.items()}
+
+
+def values(row: Row, records: Records, unit: str) -> dict[int, float]:
+    """A row's number by seed, in the experiment's unit."""
+    found = {}
+    for record in records.get(row.run, ()):
+        if record["kind"] == "cost":
+            value = record["cost"][row.metric]
+            whole = [
+                r["cost"][row.metric] for r in records.get("cost,keep_rate=1.0", ()) if r["seed"] == record["seed"]
+            ]
+            value = value / whole[0] if whole else None
+        else:
+            evaluations = record["evaluations"]
+            rate = evaluations["own_rate"] if row.rate is None else str(row.rate)
+            value = evaluations["by_rate"].get(rate, {}).get(row.metric)
+        if value is not None:
+            found[record["seed"]] = 100 * value
+    return found
+
+
+def verdict(trend: Trend, experiment: Experiment, records: Records) -> str:
+    """One sentence: what the paper says, and what the records say about it."""
+    high, low = (next(row for row in experiment.rows if row.label == label) for label in (trend.high, trend.low))
+    ours = [values(row, records, experiment.unit) for row in (high, low)]
+    words = f"{trend.words} ({trend.high} against {trend.low})"
+    seeds = sorted(ours[0].keys() & ours[1].keys())
+    if not seeds:
+        return f"{words}: **not run**"
+    gaps = [ours[0][seed] - ours[1][seed] for seed in seeds]
+    gap = statistics.fmean(gaps)
+    least = 0.0 if trend.within is None else -trend.within
+    holds = gap > least if trend.within is None else gap >= least
+    answer = "holds" if holds else "**does not hold**"
+    asked = "" if trend.within is None else f", asked for: at least {least:+.1f}"
+    apart = f", seeds {min(gaps):+.2f} to {max(gaps):+.2f}" if len(gaps) > 1 else ""
+    kinds = {record["kind"] for row in (high, low) for record in records[row.run]}
+    if "train" in kinds and len(seeds) < CLAIM:
+        answer = f"{'seen' if holds else '**not seen**'}, no claim from {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    elif min(gaps) <= least < max(gaps) and len(gaps) > 1:
+        answer += ", but not for every seed"
+    return f"{words}: {answer} ({gap:+.2f}{asked}{apart})"
+
+
+def table(experiment: Experiment, records: Records) -> list[str]:
+    lines = [f"| | paper | ours, {experiment.unit} | seeds |", "| --- | --- | --- | --- |"]
+    for row in experiment.rows:
+        ours = list(values(row, records, experiment.unit).values())
+        cell = "not run"
+        if ours:
+            cell = f"{statistics.fmean(ours):.2f}" + (f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else "")
+        paper = "" if row.paper is None else f"{row.paper:g}"
+        lines.append(f"| {row.label} | {paper} | {cell} | {len(ours) or ''} |")
+    return lines
+
+
+def text(records: Records) -> str:
+    done = sum(len(some) for some in records.values())
+    lines = [
+        "# The paper's experiments on synthetic clips",
+        "",
+        "Written by `python -m benchmarks.paper --report` from the records in `runs/`; no number is typed by hand. The "
+        "paper's are of AVA and a pre-trained ViT-B, ours of a tiny model on `evad.data.synthetic`: compare "
+        "differences, not levels.",
+        "",
+        f"{done} runs are recorded, of {len(RUNS)} kinds {sum(run.name in records for run in RUNS)}; "
+        f"a difference between trainings is claimed from {CLAIM} seeds. ± is the standard deviation over seeds.",
+        "",
+        *_how(records),
+    ]
+    for experiment in EXPERIMENTS:
+        lines += ["", f"## {experiment.title}", "", *table(experiment, records), ""]
+        lines += [f"* {verdict(trend, experiment, records)}" for trend in experiment.trends]
+        if experiment.note:
+            lines += ["", experiment.note]
+    return "\n".join(lines) + "\n"
+
+
+def _how(records: Records) -> list[str]:
+    """A line for each way that records were made."""
+    ways: dict[str, list[dict]] = {}
+    for record in (record for some in records.values() for record in some):
+        machine = record["machine"]
+        what = {"cost": "one training step", "shipped": "the shipped weights, evaluated"}.get(record["kind"])
+        if record["kind"] == "train":
+            what = (
+                f"trained {record['steps']} steps of {record['batch_size']} clips, after a localisation-only start of "
+                f"{record['start_steps']} that a seed's runs share"
+            )
+        on = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
+        ways.setdefault(f"{what}; {on}", []).append(record)
+    lines = []
+    for way, some in sorted(ways.items()):
+        clips = {record["evaluations"]["clips"] for record in some if "evaluations" in record}
+        scored = f'; scored on {" or ".join(map(str, sorted(clips)))} clips of the split "test"' if clips else ""
+        names = ", ".join(f"`{record['run']}` ({record['seed']})" for record in some)
+        lines.append(f"* {way}{scored}. Runs (seed): {names}")
+    return lines

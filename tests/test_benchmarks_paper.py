@@ -1,0 +1,121 @@
+"""benchmarks.paper: the whole, with two steps of a minute model; what it writes about records made up."""
+
+import json
+
+import pytest
+
+from benchmarks.paper import __main__ as paper
+from benchmarks.paper import report, runner
+from benchmarks.paper.experiments import EXPERIMENTS, RUNS
+
+MINUTE = {
+    "num_frames": 8,
+    "short_side": 48,
+    "patch_size": 12,
+    "width": 24,
+    "num_heads": 2,
+    "depth": 4,
+    "pruning_blocks": [1, 2, 3],
+    "pyramid_blocks": [0, 1, 2, 3],
+    "num_proposals": 4,
+    "query_width": 16,
+    "query_heads": 2,
+    "num_stages": 1,
+    "query_mlp_width": 16,
+    "dynamic_width": 4,
+    "decoder_width": 16,
+    "decoder_heads": 2,
+    "action_width": 16,
+}
+PLAN = runner.Plan(steps=2, start_steps=2, clips=2, batch_size=2, model=MINUTE)
+NAMES = ["cost", "keep_rate=0.7,p", "keep_rate=0.7,keep", "keep_rate=0.7,decoder_", "keep_rate=0.6,keyframe_weight=4"]
+
+
+def test_rows_and_trends_name_what_exists():
+    names = [run.name for run in RUNS]
+    assert len(set(names)) == len(names)
+    used = {row.run for experiment in EXPERIMENTS for row in experiment.rows}
+    assert used == set(names)
+    for experiment in EXPERIMENTS:
+        labels = [row.label for row in experiment.rows]
+        assert len(set(labels)) == len(labels)
+        assert all({trend.high, trend.low} <= set(labels) for trend in experiment.trends)
+    rates = {run.name: run.rates for run in RUNS}
+    assert all(row.rate is None or row.rate in rates[row.run] for e in EXPERIMENTS for row in e.rows)
+
+
+def test_runs_resumes_and_reports(tmp_path, monkeypatch):
+    """Stopped before its last run, then started again: what is on record stays, the rest is made."""
+    records, work = tmp_path / "runs", tmp_path / "work"
+    make, calls = runner.make, []
+
+    def stopping(run, *args):
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        calls.append(run.name)
+        return make(run, *args)
+
+    monkeypatch.setattr(runner, "make", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        paper.make_all(PLAN, NAMES, [5], records, work)
+    before = {path: path.stat().st_mtime_ns for path in records.glob("*.json")}
+    assert len(before) == 6
+    monkeypatch.setattr(runner, "make", make)
+    made = paper.make_all(PLAN, NAMES, [5], records, work)
+    assert made == sum(run.name.startswith(tuple(NAMES)) for run in RUNS) - 6
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    assert len(list((work / "steps=2+2").glob("start*"))) == 1
+    record = json.loads((records / "keep_rate=0.7,pruning=random,seed=5.json").read_text())
+    assert record["steps"] == 2 and record["model"]["pruning"] == "random" and record["machine"]["commit"]
+    assert set(record["evaluations"]["by_rate"]) == {"0.7"}
+    assert paper.make_all(PLAN, NAMES, [5], records, work) == 0
+    paper.main(["--report", "--out", str(tmp_path)])
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "after a localisation-only start of 2" in text and "| memory, 1.0 | 100 | 100.00 | 1 |" in text
+
+
+def fake(run, seed, **metrics):
+    kind = next(r.kind for r in RUNS if r.name == run)
+    by_rate = {"0.7": {name.replace("mAP", "mAP@0.5"): value for name, value in metrics.items()}}
+    machine = {"device": "a machine", "threads": 1, "torch": "2", "commit": "abc"}
+    evaluations = {"own_rate": "0.7", "clips": 9, "by_rate": by_rate}
+    steps = {"steps": 7, "start_steps": 8, "batch_size": 2} if kind == "train" else {"steps": 0}
+    return {"run": run, "seed": seed, "kind": kind, "evaluations": evaluations, "machine": machine, **steps}
+
+
+@pytest.mark.parametrize(
+    ("attention", "random", "words"),
+    [
+        ((0.6, 0.7, 0.8), (0.5, 0.6, 0.7), "holds (+10.00, seeds +10.00 to +10.00)"),
+        ((0.5, 0.6, 0.7), (0.6, 0.7, 0.8), "**does not hold** (-10.00"),
+        ((0.6, 0.7, 0.8), (0.7, 0.6, 0.5), "holds, but not for every seed (+10.00"),
+        ((0.6,), (0.5,), "seen, no claim from 1 seed (+10.00)"),
+        ((0.5, 0.5), (0.6, 0.6), "**not seen**, no claim from 2 seeds (-10.00"),
+        ((0.6,), (), "**not run**"),
+    ],
+)
+def test_verdicts(attention, random, words):
+    records = {
+        name: [fake(name, seed, mAP=value) for seed, value in enumerate(values)]
+        for name, values in (("keep_rate=0.7", attention), ("keep_rate=0.7,pruning=random", random))
+    }
+    experiment = next(e for e in EXPERIMENTS if e.title.startswith("Table 1b"))
+    assert f"attention is above random (attention (GAP) against random): {words}" in report.verdict(
+        experiment.trends[0], experiment, records
+    )
+
+
+def test_within_is_asked_of_the_difference():
+    experiment = next(e for e in EXPERIMENTS if e.title.startswith("Table 1d"))
+    for gap, words in ((-0.4, ": holds"), (-0.6, ": **does not hold**")):
+        records = {
+            "keep_rate=0.7": [fake("keep_rate=0.7", seed, mAP=0.5 + gap / 100) for seed in range(3)],
+            "keep_rate=0.7,decoder_input=all": [fake("keep_rate=0.7,decoder_input=all", s, mAP=0.5) for s in range(3)],
+        }
+        assert words in report.verdict(experiment.trends[0], experiment, records)
+
+
+def test_report_without_records_says_not_run():
+    text = report.text({})
+    assert text.count("**not run**") == sum(len(experiment.trends) for experiment in EXPERIMENTS)
+    assert "holds" not in text
