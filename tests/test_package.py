@@ -4,9 +4,11 @@ import ast
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import types
 from pathlib import Path
@@ -75,6 +77,20 @@ def test_native_module_is_free_of_torch_and_cuda(native):
     assert any(library.startswith("_native") for library in libraries)
     foreign = ("libtorch", "libc10", "libcudart", "libcuda.", "libcublas", "libnv")
     assert not [library for library in libraries if library.startswith(foreign)], libraries
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm lists the symbols of a library")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="symbols have versions on Linux only")
+def test_native_module_has_no_symbol_that_another_build_could_lack(native):
+    """What it does not define comes from Python or, by version, from the compiler's and the C library."""
+    lines = run("nm", "-D", "--undefined-only", native.__file__).splitlines()
+    foreign = []
+    for kind, symbol in (line.split()[-2:] for line in lines):
+        library = symbol.partition("@")[2].partition("_")[0]
+        known = library in ("GLIBC", "GLIBCXX", "CXXABI", "GCC", "GOMP", "OMP") or symbol.startswith(("Py", "_Py"))
+        if kind == "U" and not known:  # weak ones may be missing
+            foreign.append(symbol)
+    assert len(lines) > 50 and not foreign
 
 
 def test_imports_without_a_gpu(native):
@@ -302,13 +318,30 @@ def probe(folder, backend):
     ) == [str(folder / "evad_kernels" / "__init__.py"), [0, 1]]
 
 
+OPS = ("scatter_tokens", "token_selection", "roi_align_3d", "pyramid_roi_align", "keyframe_attention")
+
+
 @pytest.mark.slow
-def test_wheel_works_in_another_environment(checkout, tmp_path):
+def test_wheel_passes_the_op_tests_elsewhere(checkout, tmp_path):
+    """In an environment that has this one's packages but neither the sources nor what is installed to be edited."""
     environment = {**os.environ, "CMAKE_ARGS": "-DEVAD_CUDA=OFF"}
     run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", checkout, env=environment)
     (wheel,), (_, *_) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
-    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path / "site", wheel)
-    assert probe(tmp_path / "site", "cpu")
+    assert wheel.stat().st_size < 16e6
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    Path(site, "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    run(python, "-m", "pip", "install", "--no-deps", wheel)
+    assert probe(Path(site), "cpu")
+    (tmp_path / "tests").mkdir()
+    for path in ("conftest.py", "pyproject.toml", *(f"tests/test_{stem}.py" for stem in OPS)):
+        shutil.copy(ROOT / path, tmp_path / path)
+    shutil.copytree(ROOT / "tests" / "golden", tmp_path / "tests" / "golden")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    command = (python, "-m", "pytest", "-m", "not slow", "-k", "cpu and (matches_reference or gradient)")
+    output = run(*command, cwd=tmp_path, env=environment)
+    assert int(re.search(r"(\d+) passed", output)[1]) > 400, output
 
 
 @pytest.mark.slow
