@@ -1,8 +1,10 @@
-// Forward: one task a (batch, head, 288 rows). Backward: one task a (batch, head). Tasks of a thread are neighbours, so
-// K and V of a head are packed once a thread. The cut never depends on the number of threads, and neither does any sum.
+// Forward: in parts, one a (batch, head, 288 rows). Backward: one a (batch, head). A thread takes head after head, so K
+// and V are packed about once, and helps with what is left of others in the end. The cut into parts never depends on the
+// number of threads, and neither does any sum.
 #include "keyframe_attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -16,9 +18,9 @@
 namespace evad {
 namespace {
 
-constexpr int64_t kRowsPerTask = 288;  // a multiple of every kernel's block of rows
+constexpr int64_t kRowsPerPart = 288;  // a multiple of every kernel's block of rows
 
-int64_t tasks_per_head(int64_t N) { return (N + kRowsPerTask - 1) / kRowsPerTask; }
+int64_t parts_per_head(int64_t N) { return (N + kRowsPerPart - 1) / kRowsPerPart; }
 
 const AttentionKernels& kernels(DType dtype, int64_t D) {
   const Isa isa = cpu_isa();
@@ -61,14 +63,23 @@ int useful_threads(const AttentionShape& s, int threads) {
   return share < threads ? static_cast<int>(share) + 1 : threads;
 }
 
-// body(task, workspace, first) for every task; first: this thread's first. Neighbouring tasks go to one thread.
+// body(head, part, workspace, same_head) for all parts of all heads; same_head: the workspace was last used for it.
 template <class Body>
-void for_each_task(int64_t tasks, size_t workspace_bytes, int threads, const Body& body) {
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
+void for_each_part(int64_t heads, int64_t parts, size_t workspace_bytes, int threads, const Body& body) {
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, heads * parts)));
   const Workspaces workspaces(workspace_bytes, threads);
+  std::atomic<int64_t> next_head{0};
+  std::vector<std::atomic<int64_t>> next_part(heads);
   parallel_for(threads, threads, [&](int64_t thread) {
-    const int64_t begin = tasks * thread / threads, end = tasks * (thread + 1) / threads;
-    for (int64_t task = begin; task < end; ++task) body(task, workspaces.of(thread), task == begin);
+    int64_t last = -1;
+    const auto finish = [&](int64_t head) {
+      for (int64_t part = next_part[head]++; part < parts; part = next_part[head]++) {
+        body(head, part, workspaces.of(thread), head == last);
+        last = head;
+      }
+    };
+    for (int64_t head = next_head++; head < heads; head = next_head++) finish(head);
+    for (int64_t head = heads - 1; head >= 0; --head) finish(head);
   });
 }
 
@@ -80,7 +91,7 @@ char* head(const HeadRows& rows, int64_t b, int64_t h, int64_t element) {
 template <class C>
 void add_partial_sums(const double* partial, const AttentionShape& s, C* importance, int threads) {
   constexpr int64_t kColumns = 256;
-  const int64_t M = s.N - s.num_keyframe, parts = s.H * tasks_per_head(s.N), runs = (M + kColumns - 1) / kColumns;
+  const int64_t M = s.N - s.num_keyframe, parts = s.H * parts_per_head(s.N), runs = (M + kColumns - 1) / kColumns;
   const double c = 1.0 / (static_cast<double>(s.N) * static_cast<double>(s.H));
   parallel_for(s.B * runs, threads, [&](int64_t task) {
     const int64_t b = task / runs, begin = task % runs * kColumns, count = std::min(kColumns, M - begin);
@@ -99,26 +110,27 @@ void keyframe_attention_forward(const AttentionShape& s, const HeadRows& query, 
                                 const HeadRows& value, const HeadRows& output, void* lse, void* importance,
                                 int threads) {
   const AttentionKernels& table = kernels(s.dtype, s.D);
-  const int64_t M = s.N - s.num_keyframe, per_head = tasks_per_head(s.N), tasks = s.B * s.H * per_head;
+  const int64_t M = s.N - s.num_keyframe, parts = parts_per_head(s.N), heads = s.B * s.H;
   const int64_t element = element_size(s.dtype), lse_element = s.dtype == DType::float64 ? 8 : 4;
-  if (tasks == 0) return;
+  if (heads * parts == 0) return;
   threads = useful_threads(s, threads);
-  const std::unique_ptr<double[]> partial(M > 0 ? new double[tasks * M] : nullptr);
-  for_each_task(tasks, table.forward_workspace(s.N, s.D), threads, [&](int64_t task, char* workspace, bool first) {
-    const int64_t b = task / per_head / s.H, h = task / per_head % s.H, begin = task % per_head * kRowsPerTask;
+  const std::unique_ptr<double[]> partial(M > 0 ? new double[heads * parts * M] : nullptr);
+  const auto forward = [&](int64_t head_index, int64_t part, char* workspace, bool same_head) {
+    const int64_t b = head_index / s.H, h = head_index % s.H, begin = part * kRowsPerPart;
     AttentionForwardTask t;
     t.query = head(query, b, h, element), t.query_stride = query.stride_n;
     t.key = head(key, b, h, element), t.key_stride = key.stride_n;
     t.value = head(value, b, h, element), t.value_stride = value.stride_n;
     t.N = s.N, t.D = s.D, t.num_keyframe = s.num_keyframe;
-    t.row_begin = begin, t.row_end = std::min(s.N, begin + kRowsPerTask);
+    t.row_begin = begin, t.row_end = std::min(s.N, begin + kRowsPerPart);
     t.scale = s.scale, t.keyframe_weight = s.keyframe_weight;
     t.output = head(output, b, h, element), t.output_stride = output.stride_n;
     t.lse = static_cast<char*>(lse) + (b * s.H + h) * s.N * lse_element;
-    t.column_sum = partial ? partial.get() + task * M : nullptr;
-    t.same_head = !first && begin != 0;
+    t.column_sum = partial ? partial.get() + (head_index * parts + part) * M : nullptr;
+    t.same_head = same_head;
     table.forward(t, workspace);
-  });
+  };
+  for_each_part(heads, parts, table.forward_workspace(s.N, s.D), threads, forward);
   if (M == 0) return;
   if (s.dtype == DType::float64)
     add_partial_sums(partial.get(), s, static_cast<double*>(importance), threads);
@@ -155,8 +167,8 @@ void keyframe_attention_backward(const AttentionShape& s, const HeadRows& query,
     }
   }
 
-  for_each_task(s.B * s.H, table.backward_workspace(s.N, s.D), threads, [&](int64_t task, char* workspace, bool) {
-    const int64_t b = task / s.H, h = task % s.H;
+  const auto backward = [&](int64_t head_index, int64_t, char* workspace, bool) {
+    const int64_t b = head_index / s.H, h = head_index % s.H;
     AttentionBackwardTask t;
     t.query = head(query, b, h, element), t.query_stride = query.stride_n;
     t.key = head(key, b, h, element), t.key_stride = key.stride_n;
@@ -165,14 +177,15 @@ void keyframe_attention_backward(const AttentionShape& s, const HeadRows& query,
     t.scale = s.scale, t.keyframe_weight = s.keyframe_weight;
     t.row = row.data() + b * R, t.slot = slot.data() + b * R, t.R = R;
     t.grad_output = head(grad_output, b, h, element), t.grad_output_stride = grad_output.stride_n;
-    t.lse = static_cast<const char*>(lse) + task * s.N * sum_element;
+    t.lse = static_cast<const char*>(lse) + head_index * s.N * sum_element;
     t.grad_importance = all ? static_cast<const char*>(grad_importance) + b * M * sum_element : nullptr;
     t.importance_scale = 1.0 / (static_cast<double>(s.N) * static_cast<double>(s.H));
     t.grad_query = head(grad_query, b, h, element), t.grad_query_stride = grad_query.stride_n;
     t.grad_key = head(grad_key, b, h, element), t.grad_key_stride = grad_key.stride_n;
     t.grad_value = head(grad_value, b, h, element), t.grad_value_stride = grad_value.stride_n;
     table.backward(t, workspace);
-  });
+  };
+  for_each_part(s.B * s.H, 1, table.backward_workspace(s.N, s.D), threads, backward);
 }
 
 void keep_rows(char* tokens, int64_t B, int64_t N, int64_t row_bytes, int64_t num_keyframe, const int64_t* index,

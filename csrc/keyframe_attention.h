@@ -74,7 +74,7 @@ struct AttentionShape {
 };
 
 // Reads Q, K, V and writes output once; beside that O(N D) a thread, and 8 bytes for each non-keyframe column of each
-// task (a head's 288 rows).
+// part (a head's 288 rows).
 //   lse [B, H, N], importance [B, N - num_keyframe], both float (double for float64), contiguous
 void keyframe_attention_forward(const AttentionShape& shape, const HeadRows& query, const HeadRows& key,
                                 const HeadRows& value, const HeadRows& output, void* lse, void* importance,
