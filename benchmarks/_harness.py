@@ -41,7 +41,9 @@ class Goal(NamedTuple):
     """``value`` bounds what ``measure`` names.
 
     ``speed-up``: time(rival) / time(ours), at least ``value``. ``time``: time(ours) / time(rival), at most ``value``.
-    ``ms``: time(ours) in milliseconds, at most ``value``. ``memory``: extra peak memory / ``base`` bytes, at most it.
+    ``harvest``: time(rival) / time(ours) / ``base``, at least ``value``, where ``base`` is how many times ours the
+    rival's operations are. ``ms``: time(ours) in milliseconds, at most ``value``. ``memory``: extra peak memory /
+    ``base`` bytes, at most it.
     """
 
     measure: str
@@ -59,11 +61,14 @@ class Goal(NamedTuple):
             reached, text = milliseconds["ours"], f"at most {self.value:g} ms"
         elif self.rival not in milliseconds:
             return None
+        elif self.measure == "harvest":
+            reached = milliseconds[self.rival] / milliseconds["ours"] / self.base
+            text = f"{self.value:.0%} of {self.base:.3g}x, what the operations saved from {self.rival} allow"
         elif self.measure == "speed-up":
             reached, text = milliseconds[self.rival] / milliseconds["ours"], f"at least {self.value:g}x {self.rival}"
         else:
             reached, text = milliseconds["ours"] / milliseconds[self.rival], f"at most {self.value:g} of {self.rival}"
-        met = reached >= self.value if self.measure == "speed-up" else reached <= self.value
+        met = reached >= self.value if self.measure in ("speed-up", "harvest") else reached <= self.value
         return {"goal": text, "reached": significant(reached), "met": bool(met)}
 
 
@@ -87,6 +92,7 @@ class Contest:
         gradient: bool = False,
         headline: bool = False,
         seconds: float = 3.0,
+        describe: Callable[[Contestants], dict] | None = None,
     ) -> None:
         """Check, time and record one case.
 
@@ -101,6 +107,7 @@ class Contest:
             gradient: Whether autograd is on.
             headline: Whether the row stands in the README.
             seconds: How long to time, all contestants together.
+            describe: What else the row holds, under "details"; called after timing.
         """
         with nullcontext() if gradient else torch.inference_mode():
             contestants = build(device=self.device, **arguments)
@@ -114,6 +121,7 @@ class Contest:
                 else:
                     unavailable[name] = reason
             samples = self._time(functions, seconds)
+            details = describe(contestants) if describe else None
         times = {name: _percentiles(values) for name, values in samples.items()}
         memory = measure_memory(build, arguments, warm_up or {}, gradient, memory_of, self.device)
         milliseconds = {name: time["ms"] for name, time in times.items()}
@@ -131,6 +139,8 @@ class Contest:
             row["floor"] = {**floor, "reached": significant(floor["ms"] / milliseconds["ours"])}
         if memory:
             row["memory_mb"] = {name: significant(value / 1e6) for name, value in memory.items()}
+        if details:
+            row["details"] = details
         self.rows.append(row)
 
     def _time(self, functions: dict[str, Callable], seconds: float) -> dict[str, list[float]]:

@@ -206,6 +206,148 @@ def summary(rows: list[dict]) -> str:
     return "\n".join([*lines, f"{goals - len(misses)} of {goals} goals met"])
 
 
+# The detector's tables: rows with "details" (bench_evad.py), beside what the paper has of them
+
+FRAMES = 16  # a clip; the paper counts frames a second
+PAPER_SPEED = {  # ViT-B, short side -> keep rate: frames/s on an A100, batch 8 (Tables 2 and 3); ViT-L in Table 4
+    ("vit_b", 224): {"1.0": 298, "0.9": 328, "0.8": 377, "0.7": 411, "0.6": 427},
+    ("vit_b", 256): {"1.0": 219, "0.7": 334},
+    ("vit_b", 288): {"1.0": 171, "0.9": 179, "0.8": 216, "0.7": 240, "0.6": 263},
+    ("vit_l", 288): {"0.7": 153},
+}
+PAPER_GFLOPS = {
+    ("vit_b", 224): {"1.0": 223.8, "0.9": 186.3, "0.8": 157.0, "0.7": 134.2, "0.6": 116.3},
+    ("vit_b", 256): {"1.0": 311.9, "0.7": 182.3},
+    ("vit_b", 288): {"1.0": 424.5, "0.9": 346.3, "0.8": 287.4, "0.7": 242.8, "0.6": 208.9},
+    ("vit_l", 288): {"0.7": 737},
+}
+PAPER_MAP = {
+    ("vit_b", 224): {"1.0": 30.5, "0.9": 30.6, "0.8": 30.5, "0.7": 30.7, "0.6": 30.2},
+    ("vit_b", 256): {"1.0": 31.2, "0.7": 31.4},
+    ("vit_b", 288): {"1.0": 32.1, "0.9": 32.2, "0.8": 32.1, "0.7": 32.3, "0.6": 31.4},
+    ("vit_l", 288): {"0.7": 39.7},
+}
+PAPER_TRAINING_SAVED = {"memory": 0.47, "time": 0.36}  # at keep rate 0.7 (section 4.3, Fig. 8)
+
+
+def milliseconds(row: dict) -> dict[str, float]:
+    """Keep rate -> time of a batch."""
+    times = {name.removeprefix("rate "): time["ms"] for name, time in row["times"].items() if name.startswith("rate ")}
+    times["0.7"] = row["times"]["ours"]["ms"]
+    return dict(sorted(times.items(), reverse=True))
+
+
+def harvest(row: dict) -> dict[str, float]:
+    """Keep rate -> speed-up over rate 1 by the share of operations saved."""
+    times, gflops = milliseconds(row), row["details"]["gflops"]
+    return {rate: times["1.0"] / ms * gflops[rate] / gflops["1.0"] for rate, ms in times.items()}
+
+
+def lines_of(head: tuple[str, ...], rows: list[tuple]) -> str:
+    text = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(text + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+def harvest_table(rows: list[dict]) -> str:
+    body = []
+    for row in rows:
+        times, gflops, got = milliseconds(row), row["details"]["gflops"], harvest(row)
+        clips = row["details"]["batch"]
+        for rate, ms in times.items():
+            ideal = gflops["1.0"] / gflops[rate]
+            speed = f"{number(times['1.0'] / ms)}x of {number(ideal)}x"
+            name = f"{row['case']}, {clips} clip{'s' * (clips > 1)}" if rate == "1.0" else ""
+            body.append((name, rate, number(gflops[rate]), number(1e3 * clips / ms), speed, f"{got[rate]:.2f}"))
+    head = ("model", "keep rate", "GFLOPs a clip", "clips/s", "speed-up of what operations allow", "harvest")
+    return lines_of(head, body)
+
+
+def parts_table(rows: list[dict], peaks: dict[str, float]) -> str:
+    body = []
+    for row in rows:
+        details = row["details"]
+        peak = peaks.get(f"matmul {details['dtype']} TFLOP/s")
+        before, after = details["ms_by_part"]["1.0"], details["ms_by_part"]["0.7"]
+        for place, part in enumerate(after):
+            gflops = details["gflops_by_part"]["0.7"].get(part)
+            rate = 2e-3 * gflops * details["batch"] / (after[part] * 1e-3) if gflops else None  # TFLOP/s, 2 a mac
+            body.append(
+                (
+                    "" if place else row["case"],
+                    part.replace("_", " "),
+                    f"{number(before[part])}, {before[part] / sum(before.values()):.0%}",
+                    f"{number(after[part])}, {after[part] / sum(after.values()):.0%}",
+                    f"{rate / peak:.0%}" if rate and peak else "",
+                )
+            )
+    return lines_of(("model", "part", "ms at rate 1.0, share", "ms at 0.7, share", "of the matrix peak at 0.7"), body)
+
+
+def paper_tables(rows: list[dict]) -> str:
+    """Tables 2, 3 and 4, theirs and ours."""
+    ours = {}  # (preset, short side, rate) -> GFLOPs and frames/s of the largest batch
+    for row in rows:
+        details = row["details"]
+        if details["dtype"] == "bfloat16" and details["size"][0] == details["size"][1]:
+            for rate, ms in milliseconds(row).items():
+                entry = details["batch"], details["gflops_paper"][rate], 1e3 * FRAMES * details["batch"] / ms
+                key = details["model"], details["size"][0], rate
+                ours[key] = max(ours.get(key, entry), entry)
+
+    def rows_of(keys):
+        for preset, side, rate in keys:
+            if (preset, side, rate) in ours:
+                _, gflops, speed = ours[preset, side, rate]
+                theirs = (table[preset, side].get(rate, "") for table in (PAPER_MAP, PAPER_GFLOPS, PAPER_SPEED))
+                yield preset, side, rate, *theirs, f"{gflops:.1f}", number(speed)
+
+    head = ("model", "short side", "keep rate", "paper: mAP", "GFLOPs", "frames/s (A100)", "ours: GFLOPs", "frames/s")
+    tables = {
+        "Table 2, keep rates": [("vit_b", side, rate) for side in (224, 288) for rate in PAPER_SPEED["vit_b", side]],
+        "Table 3, resolutions": [
+            ("vit_b", side, rate)
+            for side, rate in ((224, "1.0"), (256, "0.7"), (256, "1.0"), (288, "0.7"), (288, "1.0"))
+        ],
+        "Table 4, models": [("vit_b", 288, "0.7"), ("vit_l", 288, "0.7")],
+    }
+    found = {name: list(rows_of(keys)) for name, keys in tables.items()}
+    return "\n\n".join(f"{name}\n\n{lines_of(head, body)}" for name, body in found.items() if body)
+
+
+def training_table(rows: list[dict]) -> str:
+    body = []
+    for row in rows:
+        times, memory = milliseconds(row), row["details"]["training_mb"]
+        if "backend reference" in row["times"]:
+            times["0.7, plain PyTorch"] = row["times"]["backend reference"]["ms"]
+            memory = memory | {"rate 0.7, plain PyTorch": memory["backend reference"]}
+        for rate, ms in times.items():
+            megabytes = memory[f"rate {rate}"]
+            saved = f"{1 - ms / times['1.0']:.0%}", f"{1 - megabytes / memory['rate 1.0']:.0%}"
+            body.append((row["case"] if rate == "1.0" else "", rate, number(ms), saved[0], number(megabytes), saved[1]))
+    theirs = ", ".join(f"{saved:.0%} of {what}" for what, saved in PAPER_TRAINING_SAVED.items())
+    by = rows[0]["details"]["mb_by"]
+    head = ("model", "keep rate", "ms a step", "saved", "MB", "saved")
+    return f"{lines_of(head, body)}\n\nMemory: {by}. The paper saves {theirs} at keep rate 0.7 (Fig. 8, GPU)."
+
+
+def detector_tables(result: dict) -> str:
+    """Markdown of what bench_evad.py measured on a machine; empty where it has not."""
+    rows = [row for row in result["rows"] if "details" in row]
+    inference = [row for row in rows if "ms_by_part" in row["details"]]
+    training = [row for row in rows if "training_mb" in row["details"]]
+    parts = []
+    if inference:
+        peaks = result["machine"]["ceilings"]
+        parts += ["### The detector by keep rate", harvest_table(inference)]
+        parts += ["### Its parts", parts_table(inference, peaks)]
+    if inference and (tables := paper_tables(inference)):
+        parts += ["### The paper's tables", tables]
+    if training:
+        parts += ["### Training", training_table(training)]
+    return "\n\n".join([f"## {result['machine']['hardware']}", *parts]) if parts else ""
+
+
 # The plot
 
 
@@ -256,7 +398,8 @@ def plot(result: dict, path: Path) -> None:
 def all_tables(results: list[dict]) -> str:
     """results/README.md."""
     source = "Written by `python -m benchmarks.report` from the JSON files here."
-    return f"# Results\n\n{source}\n\n{tables(results, headlines=False)}\n"
+    detector = filter(None, map(detector_tables, results))
+    return "\n\n".join(["# Results", source, tables(results, headlines=False), *detector]) + "\n"
 
 
 def update() -> None:

@@ -322,6 +322,55 @@ class _Watch:
         return tensor
 
 
+@torch.no_grad()
+def part_seconds(model: EVAD, clips: Tensor, repeats: int = 5) -> dict[str, float]:
+    """Median time of inference by part (keys of PARTS, and "rest"), the device waited for around each.
+
+    Args:
+        model: A detector in evaluation mode.
+        clips: [B, 3, T, H, W] on its device.
+        repeats: Runs after one to warm up, at least 1.
+    """
+    begun: dict[str, float] = {}
+    taken: dict[str, float] = {}
+
+    def now() -> float:
+        if clips.is_cuda:
+            torch.cuda.synchronize(clips.device)
+        return time.perf_counter()
+
+    def end(part: str) -> None:
+        taken[part] = now() - begun[part]
+
+    modules = {part: model.get_submodule(name) for part, name in PARTS.items() if part != "action_classifier"}
+    modules["action_classifier"] = model.decoder.classifiers[-1]
+    handles = []
+    for part, module in modules.items():
+        handles.append(module.register_forward_pre_hook(lambda *_, part=part: begun.__setitem__(part, now())))
+        handles.append(module.register_forward_hook(lambda *_, part=part: end(part)))
+    samples = []
+    try:
+        for _ in range(repeats + 1):
+            begin = now()
+            model(clips)
+            taken["rest"] = now() - begin
+            for part, inside in (("encoder", "patch_embed"), ("decoder", "action_classifier")):
+                taken[part] -= taken[inside]
+            taken["rest"] -= sum(taken[part] for part in PARTS)
+            samples.append(dict(taken))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {part: statistics.median(sample[part] for sample in samples[1:]) for part in (*PARTS, "rest")}
+
+
+def kept_bytes(model: EVAD, clips: Tensor, targets: list[dict[str, Tensor]], *, autocast: bool = False) -> int:
+    """What a training step's forward keeps for its backward, each memory once, by autograd's saved-tensor hooks."""
+    with _Watch(model, False) as watch, torch.autocast(clips.device.type, torch.bfloat16, enabled=autocast):
+        model.loss(clips, targets)
+    return sum(watch.saved.values())
+
+
 def _resident(*, peak: bool = False, reset_peak: bool = False) -> int | None:
     """Bytes of this process in memory, now or at the peak since the last reset; None where /proc does not tell."""
     if not sys.platform.startswith("linux"):

@@ -88,6 +88,52 @@ def test_tables_show_ratios_and_name_the_goals_missed(tmp_path):
     assert "Goals met: 1 of 2. Missed:\n\n* op, b: at least 2x eager, reached 1.50" in text
 
 
+def detector_row(case, size, ms, gflops, **details):
+    times = {f"rate {rate}": value for rate, value in ms.items() if rate != "0.7"} | {"ours": ms["0.7"]}
+    return {
+        **row(case, 1.0, 1.0, True),
+        "times": {name: {"ms": value, "p20": value, "p80": value, "rounds": 5} for name, value in times.items()},
+        "details": {"model": "vit_b", "size": [size] * 2, "batch": 2, "dtype": "bfloat16", "gflops": gflops} | details,
+    }
+
+
+def test_detector_tables_show_the_harvest_and_the_papers_numbers():
+    by_part = {"encoder": 75.0, "rest": 5.0}
+    inference = detector_row(
+        "bfloat16 ViT-B 224",
+        224,
+        {"1.0": 160.0, "0.7": 100.0, "0.5": 80.0},
+        {"1.0": 200.0, "0.7": 100.0, "0.5": 80.0},
+        gflops_paper={"1.0": 223.8, "0.7": 134.2, "0.5": 90.0},
+        gflops_by_part={rate: {"encoder": 75.0} for rate in ("1.0", "0.7")},
+        ms_by_part={"1.0": {"encoder": 150.0, "rest": 10.0}, "0.7": by_part},
+    )
+    memory = {"rate 1.0": 100.0, "rate 0.7": 60.0, "backend reference": 240.0}
+    training = detector_row("step", 224, {"1.0": 300.0, "0.7": 200.0}, {}, training_mb=memory, mb_by="counting")
+    training["times"]["backend reference"] = {"ms": 500.0, "p20": 500.0, "p80": 500.0, "rounds": 5}
+    machine = {"hardware": "M", "ceilings": {"matmul bfloat16 TFLOP/s": 8.0}}
+    text = report.detector_tables({"machine": machine, "rows": [inference, training, row("a", 1.0, 3.0, True)]})
+    assert "| bfloat16 ViT-B 224, 2 clips | 1.0 | 200 | 12.5 | 1.00x of 1.00x | 1.00 |" in text
+    assert "|  | 0.7 | 100 | 20.0 | 1.60x of 2.00x | 0.80 |" in text
+    # 75 G multiply-adds of 2 clips in 75 ms are 4 TFLOP/s.
+    assert "| bfloat16 ViT-B 224 | encoder | 150, 94% | 75.0, 94% | 50% |" in text
+    assert "| vit_b | 224 | 0.7 | 30.7 | 134.2 | 411 | 134.2 | 320 |" in text  # 32 frames in 100 ms
+    assert "Table 3, resolutions" in text and "Table 4" not in text
+    assert "|  | 0.7 | 200 | 33% | 60.0 | 40% |" in text
+    assert "|  | 0.7, plain PyTorch | 500 | -67% | 240 | -140% |" in text
+    assert report.detector_tables({"machine": machine, "rows": [row("a", 1.0, 3.0, True)]}) == ""
+
+
+def test_harvest_goal():
+    goal = Goal("harvest", 0.9, "rate 1.0", 1.6)
+    assert goal.outcome({"ours": 10.0, "rate 1.0": 15.2}, {})["met"]
+    assert goal.outcome({"ours": 10.0, "rate 1.0": 12.0}, {}) == {
+        "goal": "90% of 1.6x, what the operations saved from rate 1.0 allow",
+        "reached": 0.75,
+        "met": False,
+    }
+
+
 def test_readme_tables_are_generated_from_the_results():
     readme = (report.ROOT / "README.md").read_text()
     assert readme == report.with_tables(readme, report.load()), "run python -m benchmarks.report"

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 def measure_cost(args: argparse.Namespace) -> dict:
     """What the command reports, as JSON has it."""
     from ..detector import EVAD
-    from ..profile import measure, profile
+    from ..profile import measure, part_seconds, profile
 
     config, name = configuration(args)
     device, dtype = placement(args)
@@ -103,7 +103,8 @@ def measure_cost(args: argparse.Namespace) -> dict:
         clips = torch.randn(batch, 3, config.num_frames, height, width, device=device, dtype=dtype)
         with torch.inference_mode():
             taken = measure(lambda: model(clips), device=device, repeats=args.repeats)
-        document |= where | taken._asdict()
+        by_part = part_seconds(model, clips, args.repeats)
+        document |= where | taken._asdict() | {"seconds_by_part": by_part}
     return document
 
 
@@ -166,10 +167,17 @@ def _print(document: dict) -> None:
     table.add_column("GFLOPs", f"{document['gflops']:.2f}", justify="right")
     table.add_column("share", justify="right")
     table.add_column("parameters", f"{document['parameters'] / 1e6:.2f} M", justify="right")
+    seconds = document.get("seconds_by_part")
+    if seconds:
+        table.add_column("ms", f"{1e3 * sum(seconds.values()):.1f}", justify="right")
+        table.add_column("share", justify="right")
     for part, title in PARTS.items():
         gflops = document["gflops_by_part"][part]
         parameters = document["parameters_by_part"][part] / 1e6
-        table.add_row(title, f"{gflops:.2f}", f"{gflops / document['gflops']:.0%}", f"{parameters:.2f} M")
+        row = [f"{gflops:.2f}", f"{gflops / document['gflops']:.0%}", f"{parameters:.2f} M"]
+        if seconds:
+            row += [f"{1e3 * seconds[part]:.1f}", f"{seconds[part] / sum(seconds.values()):.0%}"]
+        table.add_row(title, *row)
     console.print(table)
     console.print(f"by the paper's convention: {document['gflops_paper']:.2f} GFLOPs")
     saved = 1 - document["gflops"] / document["gflops_unpruned"]
