@@ -179,6 +179,7 @@ def _checked(op, query, key, value, num_keyframe, keyframe_weight, scale) -> flo
     """Raise on bad input; the scale."""
     _check.tensor(op, "query", query, 4, "[B, H, N, D]")
     _check.floating(op, "query", query)
+    _check.countable(op, "query", query.shape[2], "[B, H, N, D] with N")
     for name, tensor in (("key", key), ("value", value)):
         _check.tensor(op, name, tensor, 4, "[B, H, N, D]")
         _check.same_dtype(op, name, tensor, "query", query)

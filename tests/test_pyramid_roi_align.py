@@ -220,20 +220,6 @@ def test_second_backward_raises(backend):
         torch.autograd.grad(grad.sum(), levels[0])
 
 
-def test_bitwise_repeatable_on_any_number_of_threads():
-    levels, boxes, options = make("paper 224")
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            results.append(gradients(lambda *x: pyramid_roi_align(x, boxes, **options), levels))
-    finally:
-        torch.set_num_threads(threads)
-    for outputs, grads in results[1:]:
-        assert all(map(torch.equal, (*outputs, *grads), (*results[0][0], *results[0][1])))
-
-
 @pytest.mark.parametrize(("B", "C", "n"), [(0, 4, 2), (2, 0, 2), (2, 4, 0)], ids=["B", "C", "n"])
 def test_edges(backend, B, C, n):
     levels = [torch.ones(B, C, 8 >> i, 8 >> i, requires_grad=True) for i in range(4)]
@@ -344,6 +330,25 @@ def test_any_box(data):
     for box, of_box in zip(boxes.tolist(), results["cpu"][0], strict=False):
         if not (box[2] >= box[0] and box[3] >= box[1]):
             assert of_box.count_nonzero() == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_shape(data):
+    B, C = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 70))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    side = st.integers(1, 20)
+    levels = [torch.randn(B, C, data.draw(side), data.draw(side), generator=generator) for _ in range(4)]
+    levels = [data.draw(st.sampled_from([x for _, x in layouts(level)])) for level in levels]
+    boxes = 100 * torch.rand(B, data.draw(st.integers(0, 5)), 4, generator=generator)
+    boxes[..., 2:] += boxes[..., :2]
+    results = {}
+    for backend in ("reference", "cpu"):
+        with use_backend(backend):
+            outputs, grads = gradients(lambda *x: pyramid_roi_align(x, boxes), levels)
+            results[backend] = (*outputs, *grads)
+    for got, want in zip(results["cpu"], results["reference"], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_sizes_beyond_32_bits_are_sizes():

@@ -323,21 +323,6 @@ def test_second_backward_raises(backend, op):
         torch.autograd.grad(grad.sum(), tokens)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_bitwise_repeatable_on_any_number_of_threads(op):
-    tokens, position, boxes, fill, options = make("paper 224")
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            results.append(gradients(lambda x, f: OPS[op](x, position, boxes, background=f, **options), [tokens, fill]))
-    finally:
-        torch.set_num_threads(threads)
-    for outputs, grads in results[1:]:
-        assert all(map(torch.equal, (*outputs, *grads), (*results[0][0], *results[0][1])))
-
-
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     from evad_kernels import _backend

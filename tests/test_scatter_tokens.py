@@ -176,14 +176,32 @@ def test_rejects_bad_input(backend, change, error, message):
         scatter_tokens(**arguments)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_shape(data):
     B, C = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 70))
     grid = tuple(data.draw(st.integers(1, 6)) for _ in range(3))
     cells = grid[0] * grid[1] * grid[2]
-    K = data.draw(st.integers(0, cells))
-    tokens = torch.randn(B, K, C)
-    position = torch.stack([torch.randperm(cells)[:K] for _ in range(B)]) if B else torch.zeros(0, K, dtype=torch.int64)
-    got = evad_kernels.scatter_tokens(tokens, position, grid=grid)
-    assert torch.equal(got, expected(tokens, position, grid, None))
+    K, dtype = data.draw(st.integers(0, cells)), data.draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    tokens = torch.randn(B, K, C, generator=generator).to(dtype)
+    position = torch.randint(0, cells, (B, K), generator=generator)  # some of them equal
+    fill = data.draw(st.sampled_from([None, (C,), (cells, C)]))
+    fill = None if fill is None else torch.randn(fill, generator=generator).to(dtype)
+    want = expected(tokens, position, grid, fill)
+    tokens, position = (data.draw(st.sampled_from([x for _, x in layouts(t)])) for t in (tokens, position))
+    tokens.requires_grad_()
+    dense = evad_kernels.scatter_tokens(tokens, position, grid=grid, fill=fill)
+    assert torch.equal(dense, want)
+    grad_dense = torch.randn(dense.shape, generator=generator).to(dtype)
+    (grad,) = torch.autograd.grad(dense, tokens, grad_dense)
+    with use_backend("reference"):
+        dense = evad_kernels.scatter_tokens(tokens, position, grid=grid, fill=fill)
+    assert torch.equal(grad, torch.autograd.grad(dense, tokens, grad_dense)[0])
+    if B and K:
+        position = position.clone()
+        position[data.draw(st.integers(0, B - 1)), data.draw(st.integers(0, K - 1))] = data.draw(
+            st.integers(-(2**63), -1) | st.integers(cells, 2**63 - 1)
+        )
+        with pytest.raises(ValueError, match=r"scatter_tokens: position must be in \[0, "):
+            evad_kernels.scatter_tokens(tokens, position, grid=grid, fill=fill)

@@ -1,0 +1,155 @@
+"""What every op promises alike: bits that do not depend on threads or on the kind of call, and torch's thread count."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import evad_kernels as ek
+from evad_kernels import _backend
+from evad_kernels.testing import gradients, on_default_device
+
+GRID, KEPT, C = (8, 14, 14), 539, 96
+CELLS = GRID[0] * GRID[1] * GRID[2]
+
+
+def draw(*shape, seed):
+    return on_default_device(torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu"))
+
+
+def positions():
+    order = torch.Generator("cpu").manual_seed(0)
+    return on_default_device(torch.stack([torch.randperm(CELLS, generator=order, device="cpu")[:KEPT] for _ in "ab"]))
+
+
+def boxes():
+    corners = 150 * draw(2, 30, 2, seed=1).abs()
+    return torch.cat([corners, corners + 100 * draw(2, 30, 2, seed=2).abs() + 4], dim=-1)
+
+
+def attend(op, **options):
+    def run(query, key, value):
+        return tuple(x for x in op(query, key, value, num_keyframe=98, **options) if x.is_floating_point())
+
+    return run, [draw(2, 3, 784, 32, seed=seed) for seed in range(3)]
+
+
+def on_tokens(op, *arguments, background="background"):
+    def run(tokens, blank):
+        return op(tokens, positions(), *arguments, grid=GRID, **{background: blank})
+
+    return run, [draw(2, KEPT, C, seed=0), draw(C, seed=1)]
+
+
+def pyramid():
+    levels = [draw(2, C, 56 >> level, 56 >> level, seed=level) for level in range(4)]
+    return lambda *levels: ek.pyramid_roi_align(list(levels), boxes()), levels
+
+
+def select():
+    return lambda importance: ek.select_tokens(importance, 9000), [draw(2, 20000, seed=0)]
+
+
+def gather():
+    index = on_default_device(torch.arange(0, 1372, 2, device="cpu").expand(2, -1))
+    return lambda tokens: ek.gather_tokens(tokens, index, num_keyframe=196), [draw(2, CELLS, 4 * C, seed=0)]
+
+
+# name: () -> (function, its floating inputs), large enough for more than one thread
+CALLS = {
+    "keyframe_attention": lambda: attend(ek.keyframe_attention),
+    "keyframe_attention_topk": lambda: attend(ek.keyframe_attention_topk, num_select=400),
+    "select_tokens": select,
+    "gather_tokens": gather,
+    "scatter_tokens": lambda: on_tokens(ek.scatter_tokens, background="fill"),
+    "roi_align_3d": lambda: on_tokens(ek.roi_align_3d, boxes()),
+    "roi_pool_3d": lambda: on_tokens(ek.roi_pool_3d, boxes()),
+    "pyramid_roi_align": pyramid,
+}
+
+
+def everything(name):
+    """Outputs and gradients."""
+    run, inputs = CALLS[name]()
+    if name == "select_tokens":
+        return [run(*inputs)]
+    outputs, grads = gradients(run, inputs)
+    return [*outputs, *grads]
+
+
+def equal(actual, expected):
+    return len(actual) == len(expected) and all(map(torch.equal, actual, expected))
+
+
+def as_tuple(result):
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def test_no_op_is_left_out():
+    assert set(CALLS) == set(_backend.IMPLEMENTED) == set(ek.__all__) - {"backends", "use_backend"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bits_do_not_depend_on_the_number_of_threads(name):
+    if _backend.native is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    threads, results = torch.get_num_threads(), []
+    try:
+        with ek.use_backend("cpu"):
+            for count in (1, 2, 3, 2):
+                torch.set_num_threads(count)
+                results.append(everything(name))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(equal(result, results[0]) for result in results[1:])
+
+
+COUNT_THREADS = """
+import os, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_every_op import CALLS
+calls = {name: (run, inputs) for name, (run, inputs) in ((name, call()) for name, call in CALLS.items())}
+count = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+for run, inputs in calls.values():
+    run(*inputs)
+alone = count()
+for name, (run, inputs) in calls.items():
+    for threads in (3, 2, 3, 1, 2):
+        torch.set_num_threads(threads)
+        run(*inputs)
+        if threads > 1:  # the pool ends threads that a team leaves out, unless the team is of one
+            print(name, threads, count() - alone + 1)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc to count threads")
+def test_takes_as_many_threads_as_torch():
+    if _backend.native is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "EVAD_KERNELS_BACKEND": "cpu"}
+    command = [sys.executable, "-c", COUNT_THREADS, here]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    lines = [line.split() for line in output.splitlines()]
+    assert len(lines) == 4 * len(CALLS)
+    assert [line for line in lines if line[1] != line[2]] == []
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_autocast_changes_nothing(backend, name):
+    run, inputs = CALLS[name]()
+    expected = as_tuple(run(*inputs))
+    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
+        assert equal(as_tuple(run(*inputs)), expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_inference_mode_changes_nothing(backend, name):
+    run, inputs = CALLS[name]()
+    outputs = as_tuple(run(*[x.requires_grad_() for x in inputs]))
+    with torch.inference_mode():
+        assert equal(as_tuple(run(*inputs)), [x.detach() for x in outputs])
