@@ -224,8 +224,9 @@ def _is_loss_constant(key: str, tensor: Tensor, config: EVADConfig) -> bool:
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file or folder; Hugging Face's keys as VideoMAE's, all others as they are."""
     weights = _read_file(_hugging_face_file(path) if path.is_dir() else path)
-    if all(key.startswith("module.") for key in weights):  # DistributedDataParallel
-        weights = {key.removeprefix("module."): tensor for key, tensor in weights.items()}
+    for wrapper in ("module.", "_orig_mod."):  # of DDP; of torch.compile, in files of VideoMAE v2
+        if all(key.startswith(wrapper) for key in weights):
+            weights = {key.removeprefix(wrapper): tensor for key, tensor in weights.items()}
     if any(".attention.attention." in key for key in weights):
         weights = dict(_from_hugging_face(weights))
     return weights

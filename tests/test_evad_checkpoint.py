@@ -143,8 +143,9 @@ def test_released_checkpoint_warns_of_another_token_order(tmp_path):
         load_checkpoint(model(config=dataclasses.replace(CONFIG, keep_rate=1.0)), tmp_path / "evad.pyth")
 
 
+@pytest.mark.parametrize("compiled", ["", "_orig_mod."])  # v1; v2 where torch.compile's wrapper was saved
 @pytest.mark.parametrize("prefix", ["encoder.", "backbone."])
-def test_videomae_pretrained(tmp_path, prefix):
+def test_videomae_pretrained(tmp_path, prefix, compiled):
     """The encoder under a prefix; a decoder as wide as ours continues in ours; the rest is reported."""
     source, target, before = model(1), model(2), model(2)
     state = released_state(source)
@@ -155,6 +156,7 @@ def test_videomae_pretrained(tmp_path, prefix):
         if key.startswith(("det_head.decoder.blocks.0", "det_head.encoder_to")) and "act" not in key:
             pretrained[key.removeprefix("det_head.")] = tensor
     pretrained["decoder.head.weight"] = pretrained["mask_token"] = torch.zeros(2)
+    pretrained = {compiled + key: tensor for key, tensor in pretrained.items()}
     torch.save({"model": pretrained, "args": argparse.Namespace(lr=0.1)}, tmp_path / "videomae.pth")
     with pytest.warns(UserWarning, match="not in the file.*2 not in the model"):
         report = load_checkpoint(target, tmp_path / "videomae.pth")
@@ -167,11 +169,14 @@ def test_videomae_pretrained(tmp_path, prefix):
     assert set(report.loaded) | set(report.missing) == {name for name, _ in target.named_parameters()}
 
 
-def test_videomae_finetuned(tmp_path):
-    source, target = model(1), model(2)
+@pytest.mark.parametrize(
+    ("classes", "dtype"), [(400, torch.float32), (710, torch.float16)], ids=["v1", "v2"]
+)  # v2's distilled ViT-B: of all Kinetics' 710 classes, in half precision
+def test_videomae_finetuned(tmp_path, classes, dtype):
+    source, target = model(1).to(dtype).float(), model(2)
     state = {key: tensor for key, tensor in released_state(source).items() if key.startswith(("patch", "blocks"))}
-    state |= {"fc_norm.weight": torch.ones(WIDTH), "head.weight": torch.ones(400, WIDTH)}
-    torch.save({"module": state}, tmp_path / "videomae.pth")
+    state |= {"fc_norm.weight": torch.ones(WIDTH), "head.weight": torch.ones(classes, WIDTH)}
+    torch.save({"module": {key: tensor.to(dtype) for key, tensor in state.items()}}, tmp_path / "videomae.pth")
     with pytest.warns(UserWarning, match="not in the file"):
         report = load_checkpoint(target, tmp_path / "videomae.pth")
     assert set(report.loaded) == encoder_names(source) - {"encoder.norm.weight", "encoder.norm.bias"}

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from evad import EVAD, EVADConfig
 from evad.checkpoint import released_names
+from evad.evaluation.average_precision import iou
 from evad.losses import Counts, count, detection_losses, giou, match
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -126,6 +127,9 @@ def test_giou():
     golden = np.load(GOLDEN / "op_roi_and_boxes.npz", allow_pickle=False)
     boxes = torch.from_numpy(golden["ext/boxes"])
     assert_close(giou(boxes[:12, None], boxes[None, 12:]), torch.from_numpy(golden["giou/out"]), atol=1e-6, rtol=1e-5)
+    pairs = boxes[:12].repeat_interleave(12, 0), boxes[12:].repeat(12, 1)
+    evaluated = iou(*(box.double().numpy() for box in pairs)).reshape(12, 12)
+    np.testing.assert_allclose(evaluated, golden["giou/iou"], atol=1e-6, rtol=1e-5)
     a, b = [0.0, 0.0, 4.0, 4.0], [2.0, 2.0, 6.0, 6.0]
     assert giou(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(4 / 28 - 8 / 36)
     assert pairwise_giou(a, b) == pytest.approx(4 / 28 - 8 / 36)

@@ -17,7 +17,8 @@ import evad_kernels
 from evad import EVAD, EVADConfig, EVADOutput, select_detections
 from evad.checkpoint import released_names
 from evad.decoder import extend_boxes
-from evad.tokens import PositionTable, Tokens
+from evad.localization import move_boxes
+from evad.tokens import PositionTable, Tokens, sincos_table
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = {"atol": 1e-4, "rtol": 1e-4}
@@ -193,6 +194,21 @@ def test_detections_match_golden(golden, token_order):
     assert_close(everyone.person_scores, values["out_person_scores"][0], **TOKENS)
     scale = torch.tensor([original_width / width, original_height / height] * 2)
     assert_close(everyone.boxes * scale, values["out_person_boxes"][0], atol=2e-2, rtol=0)
+
+
+def test_golden_boxes_and_codes():
+    golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / "op_roi_and_boxes.npz").items()}
+    boxes, whwh = golden["ext/boxes"], golden["ext/whwh"][None]
+    for extension in ((0.4, 0.2), (0, 0)):
+        extended = extend_boxes(boxes[None], extension, whwh)[0]
+        assert_close(extended, golden[f"ext/out_{extension[0]}_{extension[1]}"], atol=1e-5, rtol=0)
+    assert_close(move_boxes(boxes, golden["delta/deltas"]), golden["delta/out"], atol=1e-4, rtol=1e-6)
+    assert_close(sincos_table(32, 12), golden["sincos/32x12"], atol=1e-6, rtol=0)
+    for width in (768, 384):
+        assert_close(sincos_table(1568, width)[::97, ::31], golden[f"sincos/1568x{width}"], atol=1e-6, rtol=0)
+    assert_close(sincos_table(784, 24)[None], golden["sincos/interp_in_4x14x14_d24"], atol=1e-6, rtol=0)
+    codes = PositionTable(4, 14, 24)(18, 24, torch.float32)
+    assert_close(codes[None], golden["sincos/interp_out_18x24"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
