@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_check.py                            # all stages, under ten minutes, into gpu_check/
     python benchmarks/gpu_check.py --out DIR build sanitize   # some stages or groups, in this order
+    python benchmarks/gpu_check.py --minutes 25 evad         # the whole detector beside torch.compile, by keep rate
     python benchmarks/gpu_check.py --list
 
 A stage has its own time limit and log; later stages run though earlier ones fail. Tests run beside each other, so do
@@ -79,7 +80,8 @@ STAGES = {
         for backend in ("triton", "cuda")
     },
     "tune": Stage([PYTHON, "-m", "benchmarks.tune_keyframe_attention", "--write"], 240),
-    "benchmark": Stage(pytest("--benchmark"), 300),
+    "benchmark": Stage(pytest("--benchmark", "--ignore=benchmarks/bench_evad.py", "benchmarks"), 300),
+    "benchmark-evad": Stage([PYTHON, "-m", "benchmarks.bench_evad"], 1200),
 }
 GROUPS = {
     "build": ["build", "machine"],
@@ -87,6 +89,7 @@ GROUPS = {
     "sanitize": [name for name in STAGES if STAGES[name].beside == "sanitize"],
     "measure": ["tune", "benchmark"],
 }
+APART = {"evad": ["benchmark-evad"]}  # named only: torch.compile takes long on whole models
 
 
 def run(name: str, log: Path, end: float) -> Result:
@@ -138,9 +141,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.list:
         print("\n".join(f"{name}, at most {stage.seconds} s" for name, stage in STAGES.items()))
-        print("\n".join(f"{name}: {' '.join(stages)}" for name, stages in GROUPS.items()))
+        print("\n".join(f"{name}: {' '.join(stages)}" for name, stages in (GROUPS | APART).items()))
         return 0
-    names = [name for asked in arguments.stages or GROUPS for name in GROUPS.get(asked, [asked])]
+    names = [name for asked in arguments.stages or GROUPS for name in (GROUPS | APART).get(asked, [asked])]
     if unknown := [name for name in names if name not in STAGES]:
         parser.error(f"no such stage: {' '.join(unknown)} (--list prints them)")
 
