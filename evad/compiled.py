@@ -24,8 +24,8 @@ WARM_UP = 3  # calls before a capture: libraries choose algorithms, Triton compi
 class Compiled:
     """A detector for at most ``batch`` clips of ``clip_shape``, made by ``EVAD.compiled``.
 
-    It keeps the model's keep rate and backend of the moment, whatever becomes of the model, and shares the memory of
-    its weights: steps of an optimiser and ``load_state_dict`` reach it, ``model.to`` does not.
+    It keeps the model's keep rate, and on a GPU the backend of the moment, whatever becomes of the model. It shares the
+    memory of its weights: steps of an optimiser and ``load_state_dict`` reach it, ``model.to`` does not.
 
     Any thread may call it, on any stream: a result is ready on the stream that was current at the call. Calls of
     detectors compiled for one GPU run one after the other.
@@ -55,7 +55,7 @@ class Compiled:
             self._run = torch.compile(self._infer, fullgraph=True, dynamic=False, backend=engine)
         self._whole = engine != "eager"  # whether the number of clips is fixed, too
         self._graph = None
-        if _replays(self.device):
+        if replays(self.device):
             clips = torch.zeros(batch, *self.clip_shape, dtype=self.dtype, device=self.device)
             self._graph = _Graph(self._run, clips)
 
@@ -180,7 +180,8 @@ class FixedCodes(nn.Module):
         return self.codes
 
 
-def _replays(device: torch.device) -> bool:
+def replays(device: torch.device) -> bool:
+    """Whether a detector there is a captured graph."""
     return device.type == "cuda"
 
 

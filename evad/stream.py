@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import compiled
 from .compiled import Compiled
 from .detector import EVAD, Detections, Scored, select_detections
 from .video import Clip, ClipSampler, Frame, Video
@@ -178,7 +179,7 @@ class Runner:
         self._detectors: dict[tuple[int, ...], Compiled] = {}
         self._stagings: dict[tuple[int, ...], list[_Staging]] = {}
         self._flying: tuple[Sequence[Clip], _Staging] | None = None
-        self._copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._copying = torch.cuda.Stream(self.device) if compiled.replays(self.device) else None
 
     def submit(self, clips: Sequence[Clip], threshold: float) -> list[tuple[Clip, Found]]:
         """Run at most ``batch`` clips; returns results that are ready: these on a CPU, the last ones on a GPU."""

@@ -217,7 +217,7 @@ def test_every_replay_follows_the_last_and_gives_copies(monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(compiled, "_replays", lambda device: True)
+    monkeypatch.setattr(compiled, "replays", lambda device: True)
     monkeypatch.setattr(compiled._Pool, "_pools", {})
     model = micro().cpu()
     clips = draw(3).cpu()

@@ -11,17 +11,20 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from evad import EVAD, EVADConfig
+from evad import EVAD, EVADConfig, compiled
 from evad.cli import main
+from evad.detector import Scored
 from evad.stream import Decoder, LiveDecoder, Runner
-from evad.video import ClipSampler, LiveVideo, Video, VideoError, is_live, normalize, read_clip, resize
+from evad.video import Clip, ClipSampler, LiveVideo, Video, VideoError, is_live, normalize, read_clip, resize
 
 BIKES = Path(__file__).parent / "media" / "bikes.mp4"
 TINY = ["--model", "tiny", "--size", "48", "--device", "cpu", "--no-video"]
@@ -294,6 +297,53 @@ def test_runner_gives_the_models_detections(device):
         assert found.size == (48, 113) and len(found.tokens) == len(model.config.pruning_blocks)
         for actual, want in zip(found.detections, expected, strict=True):
             torch.testing.assert_close(actual, want.cpu(), atol=1e-3, rtol=1e-4)
+
+
+class FakeDetector:
+    """Scores that tell the clip: its first pixel."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def run(self, clips):
+        self.log.append(("run", clips[:, 0, 0, 0, 0].tolist()))
+        first = clips[:, 0, 0, 0, 0].float()
+        scored = Scored(first.view(-1, 1, 1).expand(-1, 2, 4), torch.ones(len(clips), 2), torch.zeros(len(clips), 2, 3))
+        return SimpleNamespace(kept=(torch.zeros(len(clips), 7),)), scored
+
+
+def test_batches_overlap_on_a_gpu(monkeypatch):
+    """With a stand-in for CUDA: a batch is sent before the last one is waited for, in memory that is not in use."""
+    log, empty = [], torch.empty
+
+    def event():
+        return SimpleNamespace(record=lambda stream: None, synchronize=lambda: log.append(("wait",)))
+
+    stream = SimpleNamespace(wait_event=lambda event: log.append(("copied",)))
+    fakes = {
+        "Stream": lambda device: stream,
+        "Event": event,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device: stream,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **how: empty(*shape, **how))
+    monkeypatch.setattr(compiled, "replays", lambda device: True)
+    monkeypatch.setattr(EVAD, "compiled", lambda *_: FakeDetector(log))
+    runner = Runner(EVAD(EVADConfig.tiny()), 2)
+    clips = [Clip(float(n), [torch.full((3, 4, 5), n, dtype=torch.uint8)] * 16) for n in range(1, 8)]
+    results = []
+    for batch in (clips[:2], clips[2:4], clips[4:6], clips[6:]):
+        results.append(runner.submit(batch, 0.5))
+    results.append(runner.finish())
+    assert [[clip.time for clip, _ in ready] for ready in results] == [[], [1, 2], [3, 4], [5, 6], [7]]
+    for clip, found in (pair for ready in results for pair in ready):
+        assert found.tokens == [7] and found.size == (4, 5) and found.detections.boxes.eq(clip.time).all()
+    runs = [entry[1] for entry in log if entry[0] == "run"]
+    assert runs == [[1, 2], [3, 4], [5, 6], [7]]
+    order = [entry[0] for entry in log]
+    assert order == ["copied", "run", *["copied", "run", "wait"] * 3, "wait"]
 
 
 def test_batches_write_what_single_clips_write(tmp_path):
