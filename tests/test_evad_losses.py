@@ -182,7 +182,7 @@ def test_terms_by_their_definitions():
             box = boxes[stage][clip, proposal]
             l1 += ((box - truth[target]) / whwh[clip]).abs().sum().item()
             overlap += 1 - pairwise_giou(box.tolist(), truth[target].tolist())
-        ce = F.cross_entropy(person_logits[stage].flatten(0, 1), kind.flatten(), torch.tensor([1.0, 0.1]))
+        ce = F.cross_entropy(person_logits[stage].flatten(0, 1), kind.flatten(), torch.tensor([1.0, 0.4]))
         assert losses[f"loss_ce{suffix}"].item() == pytest.approx(2 * ce.item(), rel=1e-5)
         assert losses[f"loss_bbox{suffix}"].item() == pytest.approx(5 * l1 / 5, rel=1e-5)
         assert losses[f"loss_giou{suffix}"].item() == pytest.approx(2 * overlap / 5, rel=1e-5)

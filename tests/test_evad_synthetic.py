@@ -94,7 +94,37 @@ def test_a_thing_changes_hands():
     assert (has.sum(0) == 1).all() and has[0].any() and has[1].any()
 
 
+def test_a_still_actor_may_have_any_pose_of_a_moving_one():
+    """At the keyframe every joint of nearly all moving actors is where it may be in a still one: no frame tells."""
+    poses: dict[str, list] = {}
+    for scene in scenes(900):
+        for actor in scene.actors:
+            pose = Pose(*(np.ravel(value)[0] for value in actor.pose(np.zeros(1))))
+            poses.setdefault(actor.actions[-1], []).append(pose._replace(yaw=np.angle(np.exp(1j * pose.yaw))))
+    still = np.array(poses.pop("hold still"))
+    low, high = still.min(0) - 0.1, still.max(0) + 0.1  # radians
+    assert set(poses) == set(ACTIONS) - {"hold still"}
+    for action, some in poses.items():
+        inside = ((np.array(some) >= low) & (np.array(some) <= high)).all(1)
+        assert inside.mean() > 0.9, action
+
+
 # Scenes
+
+
+def test_actors_fill_a_third_of_the_picture():
+    """Large enough to be told apart in 96 pixels, and rarely in each other's way."""
+    dataset = Synthetic("val", clips=150)
+    covered, shared = [], []
+    for index in range(len(dataset)):
+        boxes, _ = dataset.annotations(dataset.scene(index))
+        layers = np.zeros((96, 96), int)
+        for x1, y1, x2, y2 in boxes.round().astype(int):
+            layers[y1 : y2 + 1, x1 : x2 + 1] += 1
+        covered.append((layers > 0).mean())
+        shared.append((layers > 1).mean())
+    assert 0.25 < np.mean(covered) < 0.45
+    assert np.mean(shared) < 0.1
 
 
 @pytest.mark.parametrize("index", range(6))

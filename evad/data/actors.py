@@ -31,22 +31,22 @@ class Pose(NamedTuple):
 
 
 # Body heights.
-THIGH, SHIN, TORSO, ARM, SHOULDER, HIP = 0.21, 0.20, 0.28, 0.17, 0.14, 0.075
+THIGH, SHIN, TORSO, ARM, SHOULDER, HIP = 0.21, 0.20, 0.28, 0.19, 0.15, 0.08
 NECK, HEAD = 0.135, 0.10
 # name, radius, material; thin limbs vanish in small clips
 BODY = (
-    ("thigh_l", 0.062, 1),
-    ("thigh_r", 0.062, 1),
+    ("thigh_l", 0.07, 1),
+    ("thigh_r", 0.07, 1),
     ("shin_l", 0.055, 1),
     ("shin_r", 0.055, 1),
-    ("torso", 0.105, 0),
-    ("emblem", 0.07, 4),
+    ("torso", 0.12, 0),
+    ("emblem", 0.085, 4),
     ("hair", HEAD, 3),
     ("face", 0.085, 2),
-    ("sleeve_l", 0.058, 0),
-    ("sleeve_r", 0.058, 0),
-    ("hand_l", 0.054, 2),
-    ("hand_r", 0.054, 2),
+    ("sleeve_l", 0.07, 0),
+    ("sleeve_r", 0.07, 0),
+    ("hand_l", 0.07, 2),
+    ("hand_r", 0.07, 2),
 )
 NAMES = tuple(name for name, _, _ in BODY)
 RADII = np.array([radius for _, radius, _ in BODY], np.float32)
@@ -160,7 +160,7 @@ class Actor(NamedTuple):
         if "wave" in self.actions:
             swing = np.sin(2 * np.pi * (self.wave_rate * time + self.wave_phase))
             for side in self.waving:
-                moved |= {f"arm_{side}": 2.25 + 0.65 * swing, f"elbow_{side}": 0.25 + 0.35 * swing}
+                moved |= {f"arm_{side}": 2.1 + 0.8 * swing, f"elbow_{side}": 0.2 + 0.35 * swing}
         return base._replace(**moved)
 
     def thing_at(self, time: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:

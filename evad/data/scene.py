@@ -172,7 +172,7 @@ def random_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
     """A scene for pictures ``aspect`` times as wide as high: one to three actors, distractors, perhaps a post."""
     kinds, weights = tuple(WEIGHTS), np.array(list(WEIGHTS.values()))
     actors: list[Actor] = []
-    number = rng.choice([1, 2, 3], p=[0.3, 0.45, 0.25])
+    number = rng.choice([1, 2, 3], p=[0.4, 0.5, 0.1])
     while len(actors) < number:
         actions = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
         group = _pair if actions in (("hand over",), ("hold still", "hold still")) else _single
@@ -184,7 +184,7 @@ def random_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
         else:
             number -= 1
     actors.sort(key=lambda actor: actor.ground)
-    posts = rng.random(rng.choice(3, p=[0.65, 0.25, 0.1])) * aspect
+    posts = rng.random(rng.choice(3, p=[0.8, 0.15, 0.05])) * aspect
     cells = (3, 6, 13, 29)
     noise = rng.random((2 * sum(n * n for n in cells),), np.float32) - 0.5
     octaves, used = [], 0
@@ -195,7 +195,7 @@ def random_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
     waves = [rng.uniform(0, 0.005, (2, 3)), rng.uniform(0.3, 3.0, (2, 3)), rng.random((2, 3))]
     return Scene(
         tuple(actors),
-        tuple(_thing(rng, aspect) for _ in range(rng.choice(3, p=[0.35, 0.4, 0.25]))),
+        tuple(_thing(rng, aspect) for _ in range(rng.choice(3, p=[0.45, 0.4, 0.15]))),
         np.stack([posts, posts + rng.uniform(0.04, 0.08, len(posts))], -1),
         rng.uniform(20, 200, (len(posts), 3)),
         Backdrop(tuple(octaves), palette.clip(0, 255).astype(np.float32)),
@@ -220,7 +220,7 @@ def _base(rng: np.random.Generator, yaw: float) -> Pose:
     pose |= {"thigh_l": stride, "thigh_r": -stride}
     for side, out in (("l", 1), ("r", -1)):
         raised = rng.random() < 0.4
-        pose[f"arm_{side}"] = 2.25 + 0.65 * np.sin(2 * np.pi * rng.random()) if raised else rng.uniform(0.1, 1.3)
+        pose[f"arm_{side}"] = 2.1 + 0.8 * np.sin(2 * np.pi * rng.random()) if raised else rng.uniform(0.1, 1.3)
         pose[f"elbow_{side}"] = rng.uniform(-0.1, 0.6)
         # sideways in the picture, where arms can be seen whichever way the body faces
         pose[f"plane_{side}"] = out * yaw + rng.uniform(-0.5, 0.5) + np.pi * (rng.random() < 0.3)
@@ -239,18 +239,18 @@ def _sideways(rng: np.random.Generator) -> float:
 def _single(rng: np.random.Generator, actions: tuple[str, ...], aspect: float) -> list[Actor]:
     yaw = _sideways(rng) if "pick up" in actions or rng.random() < 0.4 else rng.uniform(-np.pi, np.pi)
     base = _base(rng, yaw)
-    rates = {"walk": (0.8, 1.2), "jump": (1.0, 1.4), "turn": (0.45, 0.75), "pick": (0.45, 0.6)}
+    rates = {"walk": (0.8, 1.2), "jump": (1.0, 1.4), "turn": (0.5, 0.8), "pick": (0.5, 0.65)}
     verb = actions[0].split()[0]
-    height = rng.uniform(0.34, 0.48)
+    height = rng.uniform(0.5, 0.72)
     direction = {"walk left": -1, "walk right": 1}.get(actions[0], 0)
     actor = Actor(
         actions,
-        x=rng.uniform(0.14, aspect - 0.14),
-        ground=rng.uniform(height + 0.06, 0.97),
+        x=rng.uniform(0.2, aspect - 0.2),
+        ground=rng.uniform(height + 0.04, 0.98),
         height=height,
         base=base,
         colours=_colours(rng),
-        speed=direction * rng.uniform(0.16, 0.3),
+        speed=direction * rng.uniform(0.2, 0.36),
         rate=rng.uniform(*rates.get(verb, (1.0, 1.0))),
         phase=rng.random(),
         wave_rate=rng.uniform(1.0, 1.5),
@@ -272,9 +272,9 @@ _BRIGHT = np.array([[250, 220, 40], [240, 70, 60], [70, 220, 90], [80, 150, 250]
 
 def _pair(rng: np.random.Generator, actions: tuple[str, ...], aspect: float) -> list[Actor]:
     """Two actors who face each other, close enough to hand a thing over."""
-    height = rng.uniform(0.36, 0.48)
-    reached = 0.83 * height / 2
-    x, ground = rng.uniform(0.1 + reached, aspect - 0.1 - reached), rng.uniform(height + 0.06, 0.97)
+    height = rng.uniform(0.5, 0.66)
+    reached = 0.88 * height / 2
+    x, ground = rng.uniform(0.12 + reached, aspect - 0.12 - reached), rng.uniform(height + 0.04, 0.98)
     rate, phase, depth = rng.uniform(0.4, 0.6), rng.random(), rng.random()
     colour, first = tuple(rng.choice(_BRIGHT)), rng.integers(2)
     pair = []
@@ -302,11 +302,11 @@ def _pair(rng: np.random.Generator, actions: tuple[str, ...], aspect: float) -> 
 
 def _crowded(actors: list[Actor]) -> bool:
     """Whether two actors of different groups stand in the same place at time 0."""
-    boxes = [(a.x - 0.2 * a.height, a.ground - a.height, a.x + 0.2 * a.height, a.ground) for a in actors]
+    boxes = [(a.x - 0.26 * a.height, a.ground - a.height, a.x + 0.26 * a.height, a.ground) for a in actors]
     for index, a in enumerate(boxes):
         for b in boxes[:index]:
             shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-            if shared > 0.25 * min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)):
+            if shared > 0.15 * min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)):
                 return True
     return False
 
