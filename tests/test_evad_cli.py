@@ -113,6 +113,32 @@ def test_detect_json_is_all_of_stdout(short_video, tmp_path, capfd):
     assert not list(tmp_path.glob("*.mp4"))
 
 
+def test_detect_shows_progress(short_video, tmp_path, capfd, monkeypatch):
+    """On a terminal: how far, clips and frames a second, time left."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    status, _, err = run(capfd, "detect", short_video, "--out", tmp_path, "--no-video", *TINY)
+    assert status == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", err)
+    assert re.search(r"2\.0 s of video, \d+\.\d clips/s, \d+ frames/s, left \d:\d\d:\d\d", shown), shown
+
+
+def test_detect_model_file(short_video, tmp_path, capfd):
+    """--model PATH: a configuration in the released names."""
+    with np.load(HERE / "golden" / "tiny_A_weights.npz") as golden:
+        (tmp_path / "small.yaml").write_text(str(golden["config_json"]))  # JSON is YAML
+    options = ("--model", tmp_path / "small.yaml", "--size", "48", "--no-video", "--json", "--device", "cpu")
+    status, out, _ = run(capfd, "detect", short_video, "--end", "0", "--out", tmp_path, *options)
+    assert status == 0
+    with torch.device("meta"):
+        model = EVAD(EVADConfig.from_official(tmp_path / "small.yaml"))
+    document = json.loads(out)
+    assert document["model"]["name"] == "small" and document["model"]["keep_rate"] == model.config.keep_rate == 0.7
+    assert document["model"]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert len(document["keyframes"][0]["tokens_kept"]) == 3
+
+
 def test_detect_is_repeatable(short_video, tmp_path, capfd):
     for name in ("a", "b"):
         assert run(capfd, "detect", short_video, "--out", tmp_path / name, "--no-video", *TINY)[0] == 0
@@ -328,6 +354,15 @@ def test_profile_json(capfd):
     assert sum(document["parameters_by_part"].values()) == document["parameters"]
     assert len(document["tokens"]) == PRESET.depth
     assert document["seconds"] > 0
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="reads peak memory as Linux reports it")
+def test_profile_peak_memory():
+    """In a process of its own: what this one has freed would serve the model, too."""
+    command = [sys.executable, "-m", "evad", "profile", *TINY[:2], "--size", "96", "96", "--device", "cpu", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE.parent)
+    peak = json.loads(done.stdout)["peak_bytes"]
+    assert isinstance(peak, int) and 0 < peak < 1e9
 
 
 def test_profile_training(capfd):

@@ -112,6 +112,28 @@ def test_pruning_pictures(options):
     assert all(side % 2 == 0 for side in pictures[0].shape[:2])
 
 
+def outlined(picture):
+    """Where the columns of pixels are that the outline's sides fill, from the left."""
+    return np.flatnonzero((picture == draw._rgb(draw.ACCENT)).all(-1).mean(0) > 0.5)
+
+
+def test_keyframe_is_outlined():
+    """Around the keyframe's column of the figure; in moving pictures around every tile while the keyframe is shown."""
+    example = pruning()
+    colours = [(20 + 50 * t, 60, 120) for t in range(4)]
+    frames = [np.full((92, 118, 3), colours[i // 4], np.uint8) for i in range(16)]
+    example = example._replace(frames=frames)
+    figure = np.asarray(draw.pruning_figure(example, "title"))
+    sides = outlined(figure)
+    assert len(sides) == 6 and np.ptp(sides[:3]) == np.ptp(sides[3:]) == 2
+    inside = figure[200, sides[2] + 1 : sides[3]]  # in the row of the input
+    assert (inside[5:-5] == colours[example.keyframe]).all()
+    outside = np.delete(figure, np.s_[sides[0] : sides[5] + 1], axis=1)[200]
+    assert not (outside == colours[example.keyframe]).all(-1).any()
+    for index, picture in enumerate(draw.pruning_animation(example, "title")):
+        assert len(outlined(picture)) == (18 if index // 4 == example.keyframe else 0)  # input and two layers
+
+
 def test_attention_tile_shows_kept_cells_alone():
     """Colours of a kept cell follow its share; a dropped one is nearly white, whatever its share."""
     rng = np.random.default_rng(0)
