@@ -5,7 +5,7 @@ To be read in this order:
 1. The paper: ``config``, ``tokens``, ``backbone``, ``pyramid``, ``localization``, ``decoder``, ``detector``.
 2. Training and scores: ``losses``, ``recipe`` (``configs/``), ``data/``, ``training``, ``snapshots``; ``evaluation/``.
 3. Weights: ``checkpoint``, ``weights/``. The AVA dataset's names and files: ``ava``. Bad data: ``problems``.
-4. Inference as a service: ``video``, ``stream``, ``compiled``, ``export``; what it costs and shows: ``profile``, ``draw``.
+4. Services: ``video``, ``stream``, ``compiled``, ``export``. What it costs and shows: ``profile``, ``draw``.
 5. ``cli/``: a command each, nothing but these.
 """
 

@@ -58,6 +58,19 @@ class Attention(nn.Module):
     def prune(
         self, x: Tensor, *, num_keyframe: int, num_select: int, keyframe_weight: float, pruning: str = "attention"
     ) -> Pruned:
+        """Attend, and keep the keyframe's rows and ``num_select`` others.
+
+        Args:
+            x: Normalised tokens, the keyframe's first, [B, N, C].
+            num_keyframe: Tokens of the keyframe, in [0, N].
+            num_select: Others to keep, in [0, N - num_keyframe].
+            keyframe_weight: w_kf of Eq. 1: what the keyframe's queries count, at least 0.
+            pruning: Which others stay: "attention", those of most importance; "least", of least; "random".
+        Returns:
+            ``Pruned``: rows after the output projection, dtype of ``x``; ties go to the lower index.
+        Raises:
+            ValueError: a number out of its range.
+        """
         query, key, value = self.heads(x)
         options = {"num_keyframe": num_keyframe, "keyframe_weight": keyframe_weight}
         if pruning == "attention":
@@ -96,6 +109,8 @@ def merge_heads(output: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them: [..., C] to [..., C]."""
+
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden_width)

@@ -44,8 +44,15 @@ class LoadReport(NamedTuple):
 
 
 def save_checkpoint(model: EVAD, path: str | Path, labels: Sequence[str] = ()) -> None:
-    """Write weights, configuration and, if given, the names of the classes to a safetensors file, for
-    ``load_checkpoint``, ``read_config`` and ``read_labels``."""
+    """Write a safetensors file for ``load_checkpoint``, ``read_config`` and ``read_labels``.
+
+    Args:
+        model: The detector; its weights keep their dtype, and its configuration is written beside them.
+        path: The file; one that is there is replaced.
+        labels: Names of the classes, in order; none may be given.
+    Raises:
+        OSError, SafetensorError: the file cannot be written.
+    """
     write_weights(model.state_dict(), model.config, path, labels)
 
 
@@ -158,7 +165,11 @@ _RELEASED = [
 
 
 def released_names(model: EVAD) -> dict[str, str]:
-    """Each of our parameter names, and the key that released EVAD checkpoints have for it."""
+    """How released EVAD checkpoints call the parameters.
+
+    Returns:
+        Their key for each name of ``model.named_parameters()``, in that order; no key comes twice.
+    """
     return {name: _rename(name, _RELEASED) for name, _ in model.named_parameters()}
 
 

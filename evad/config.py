@@ -164,12 +164,19 @@ class EVADConfig:
 
     @classmethod
     def vit_b(cls, keep_rate: float = 0.7, **fields) -> EVADConfig:
-        """The paper's ViT-B: 185 M parameters. ``fields`` replace single numbers."""
+        """The paper's ViT-B: 185 M parameters.
+
+        Args:
+            keep_rate: Share of all tokens that every pruning block keeps, in (0, 1]; 1 prunes nothing.
+            fields: Other fields to replace.
+        Raises:
+            ValueError: as the class.
+        """
         return cls(keep_rate=keep_rate, **fields)
 
     @classmethod
     def vit_l(cls, keep_rate: float = 0.7, **fields) -> EVADConfig:
-        """The paper's ViT-L: 440 M parameters. ``fields`` replace single numbers."""
+        """The paper's ViT-L: 440 M parameters; arguments and errors as ``vit_b``."""
         vit_l = {
             "width": 1024,
             "depth": 24,
@@ -192,8 +199,8 @@ class EVADConfig:
         A token is 4 frames of 12 x 12 pixels (256 tokens a clip), half a second, so the keyframe sees some motion. The
         pyramid's canonical size is 48 pixels, so that actors of 30 to 70 pixels and the whole frame use different
         levels. Proposals start on a grid and stages hardly move them: from the released start, training from nothing
-        stalls. Of 12 proposals fewer are background than of 100, so each weighs more. ``fields`` replace single
-        numbers.
+        stalls. Of 12 proposals fewer are background than of 100, so each weighs more. Arguments and errors as
+        ``vit_b``.
         """
         tiny = {
             "short_side": 96,

@@ -80,7 +80,15 @@ class Decoder(nn.Module):
         return cells.permute(0, 4, 1, 2, 3)
 
     def inputs(self, encoded: Encoded, boxes: Tensor, whwh: Tensor) -> tuple[Tensor, Tensor]:
-        """What the blocks see: tokens [B, K, C] and a feature per box [B, n, C]."""
+        """What the blocks see.
+
+        Args:
+            encoded: The encoder's result.
+            boxes: Boxes of actors in the keyframe, pixels, [B, n, 4]; no gradient flows to them.
+            whwh: Width, height, width, height of each clip without padding, [B, 4].
+        Returns:
+            Tokens [B, K, C] and a feature per box [B, n, C], both of the decoder's width.
+        """
         tokens, background = self.place(encoded)
         boxes = extend_boxes(boxes.detach(), self.config.roi_extension, whwh)
         return tokens.x, self.pool(tokens, background, boxes, encoded.grid)

@@ -118,7 +118,16 @@ class EVAD(nn.Module):
         return detection_losses(self.predict(clips, every_stage=True), targets, self.config, counts)
 
     def predict(self, clips: Tensor | Sequence[Tensor], *, every_stage: bool) -> Predictions:
-        """``forward`` with intermediate outputs: all of them if ``every_stage``, else only what inference needs."""
+        """``forward`` with intermediate outputs.
+
+        Args:
+            clips: As for ``forward``.
+            every_stage: Give those of every localisation stage and decoder block, for training; else of the last alone.
+        Returns:
+            ``Predictions``.
+        Raises:
+            ValueError, TypeError: as ``forward``.
+        """
         clips, whwh = self.batch(clips)
         encoded = self.encoder(clips)
         localized = self.localization(self.pyramid(encoded.keyframes), whwh, every_stage=every_stage)
@@ -195,6 +204,8 @@ class EVAD(nn.Module):
             boxes: As for ``forward``; all of them are kept.
         Returns:
             One ``Detections`` a clip, in its own pixels.
+        Raises:
+            ValueError, TypeError: as ``forward``.
         """
         training = self.training
         self.eval()
@@ -236,12 +247,23 @@ class EVAD(nn.Module):
         Args:
             rate: Share of all tokens that every pruning block keeps, in (0, 1]. Below the keyframe's share the keyframe
                 alone is kept; a rate that keeps all prunes nothing. 1 turns pruning off.
+        Raises:
+            ValueError: ``rate`` is not in (0, 1]; the model keeps the one it had.
         """
         self.config = dataclasses.replace(self.config, keep_rate=rate)
         self.encoder.keep_rate = self.config.keep_rate
 
     def batch(self, clips: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Padded clips [B, 3, T, H, W] and each clip's own width, height, width, height [B, 4]."""
+        """Put clips into one tensor, as the encoder takes it.
+
+        Args:
+            clips: As for ``forward``.
+        Returns:
+            Clips [B, 3, T, H, W] of the weights' dtype, padded to multiples of ``config.size_divisor``; and each
+            clip's own width, height, width, height [B, 4], at least float32.
+        Raises:
+            ValueError, TypeError: as ``forward``.
+        """
         whole = isinstance(clips, Tensor)  # then any number of clips is one graph for an exporter
         if whole and clips.ndim != 5:
             raise ValueError(f"EVAD: clips must be [B, 3, T, H, W], got {list(clips.shape)}")
@@ -260,12 +282,16 @@ class EVAD(nn.Module):
         return padded.to(self.encoder.patch_embed.weight.dtype), whwh
 
     def padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """Height and width that clips of these are padded to."""
+        """Height and width that clips of these heights and widths are padded to, pixels."""
         height, width = (_round_up(max(side), self.config.size_divisor) for side in zip(*sizes, strict=True))
         return height, width
 
     def check(self, clip: Tensor) -> None:
-        """Raise unless it is a clip for this model."""
+        """Refuse what is no clip for this model: floating point, [3, config.num_frames, H, W].
+
+        Raises:
+            ValueError, TypeError: it is another layout, number of frames or dtype; the message says which.
+        """
         if not isinstance(clip, Tensor):
             raise TypeError(f"EVAD: a clip must be a tensor [3, T, H, W], got {type(clip).__name__}")
         if not clip.is_floating_point():
@@ -282,7 +308,13 @@ def score_detections(output: EVADOutput, sizes: Sequence[tuple[int, int]]) -> Sc
     Args:
         output: Predictions for B clips.
         sizes: Height and width of each clip, pixels, without padding.
+    Returns:
+        ``Scored``, rows in the order of the proposals; scores float32.
+    Raises:
+        ValueError: ``sizes`` are not B.
     """
+    if len(sizes) != output.boxes.shape[0]:
+        raise ValueError(f"EVAD: sizes must be one a clip, got {len(sizes)} for {output.boxes.shape[0]} clips")
     whwh = _whwh(sizes, output.boxes.dtype, output.boxes.device)
     return Scored(
         clip_boxes(output.boxes, whwh[:, None]),
@@ -298,10 +330,12 @@ def select_detections(
 
     Args:
         output: Predictions for B clips, or their scores.
-        sizes: Height and width of each clip, pixels, without padding.
+        sizes: Height and width of each clip, pixels, without padding; scores have theirs already.
         threshold: Least person score, in [0, 1]. Where no box of a clip reaches it, all with a score above 0 are kept.
     Returns:
         One ``Detections`` a clip, rows in the order of the proposals.
+    Raises:
+        ValueError: ``sizes`` are not B.
     """
     scored = score_detections(output, sizes) if isinstance(output, EVADOutput) else output
     keep = scored.person_scores >= threshold

@@ -57,6 +57,7 @@ class DynamicInteraction(nn.Module):
 
 
 def tower(width: int, layers: int) -> nn.Sequential:
+    """Layers before a prediction, [..., width] to the same: linear without bias, layer norm, ReLU, ``layers`` times."""
     return nn.Sequential(
         *(
             module

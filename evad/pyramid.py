@@ -32,4 +32,5 @@ class Pyramid(nn.Module):
 
 
 def resize(x: Tensor, factor: float) -> Tensor:
+    """Maps [B, C, h, w] with ``factor`` times the cells a side, copied from the nearest (below 1, left out)."""
     return F.interpolate(x, scale_factor=factor, mode="nearest")

@@ -1,4 +1,8 @@
-"""Tokens on their way through EVAD, and the codes that tell where they are."""
+"""Tokens on their way through EVAD, and the codes that tell where they are.
+
+Source: EVAD, sections 3.1 and 3.2; the codes are those of the Transformer (Vaswani et al., NeurIPS 2017), over space
+and time as in VideoMAE (Tong et al., NeurIPS 2022).
+"""
 
 from __future__ import annotations
 

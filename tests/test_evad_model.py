@@ -426,6 +426,8 @@ def test_selects_detections():
     assert_close(first.action_scores, torch.full((2, 4), 0.5))
     assert second.boxes.tolist() == [[0, 2, 79, 40], [1, 2, 3, 4], [79, 50, 79, 59]]
     assert len(select_detections(output, [(48, 100), (60, 80)], threshold=0.9)[0].boxes) == 1
+    with pytest.raises(ValueError, match="EVAD: sizes must be one a clip, got 1 for 2 clips"):
+        select_detections(output, [(48, 100)])
 
 
 def test_detect_leaves_the_mode_alone():

@@ -265,7 +265,27 @@ def detect(
     live: bool = False,
     runner: Runner | None = None,
 ) -> Result:
-    """Run the model around the keyframes of ``video`` and write the files; the options are those of the command."""
+    """Run the model around the keyframes of ``video`` and write the files.
+
+    Args:
+        built: The model.
+        video: Open; the caller closes it.
+        folder: Where the files go; it exists.
+        labels: Name of each class, in order.
+        every: From keyframe to keyframe, seconds, above 0.
+        start, end: First and last keyframe, seconds; None for the video's end.
+        size: Short side of what the model sees, pixels; None for the model's.
+        threshold: Least score of a person in the JSON and in the video, in [0, 1]; None for the model's.
+        top: Actions shown a person, at least 1; the CSV has all.
+        annotate: Write the video with boxes.
+        live: Drop keyframes rather than fall behind.
+        runner: What runs the model, and how many clips at a time; None for one by one.
+    Returns:
+        ``Result``; after Ctrl-C of what was done, with ``interrupted``.
+    Raises:
+        CommandError: no frame is shown at ``start`` or later.
+        VideoError, OSError: the video cannot be read, or a file not written.
+    """
     config = built.config
     size = config.short_side if size is None else size
     threshold = config.person_threshold if threshold is None else threshold
