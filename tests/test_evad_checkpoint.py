@@ -121,7 +121,7 @@ def test_own_state_dict(tmp_path):
 def test_released_checkpoint(tmp_path, name):
     config = dataclasses.replace(CONFIG, token_order="importance")
     source, target = model(1), model(2, config)
-    state = {**released_state(source), "criterion.empty_weight": torch.tensor([1.0, 0.1])}
+    state = {**released_state(source), "criterion.empty_weight": torch.tensor([1.0, config.background_weight])}
     content = {"epoch": 3, name: state, "optimizer_state": {"state": {}}, "cfg": "ViT:\n", "amp": None}
     torch.save(content, tmp_path / "evad.pyth")
     report = load_checkpoint(target, tmp_path / "evad.pyth")
