@@ -80,6 +80,15 @@ def test_inference_never_waits(any_backend, rate, token_order, blank):
     assert operations.calls > 1000
 
 
+@pytest.mark.parametrize(
+    "fields", [{"pruning": "random"}, {"keep_keyframe": False}, {"decoder_input": "all"}, {"decoder_depth": 0}]
+)
+def test_ablations_never_wait(fields):
+    model = on_meta(lambda: EVAD(EVADConfig.tiny(0.7, **fields)).eval())
+    with torch.no_grad(), on_device():
+        model(torch.empty(2, 3, 16, 90, 130, device="meta"))
+
+
 @pytest.mark.parametrize("preset", ["vit_b", "vit_l"])
 def test_no_shape_depends_on_data(preset):
     """The whole of a paper's model as one graph without a symbol."""
