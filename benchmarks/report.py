@@ -137,6 +137,19 @@ def missed(rows: list[dict]) -> list[str]:
     ]
 
 
+def agreements(rows: list[dict]) -> list[str]:
+    """How far approximations agree with what they approximate, a line a row."""
+    return [
+        f"{row['op']}, {row['case']}: "
+        + "; ".join(
+            f"{name} " + ", ".join(f"{measure} {number(value)}" for measure, value in measures.items())
+            for name, measures in row["details"]["agreement"].items()
+        )
+        for row in rows
+        if "agreement" in row.get("details", {})
+    ]
+
+
 def table(rows: list[dict], columns: tuple[str, ...]) -> str:
     """Markdown, op by op."""
     lines = ["| op, case | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
@@ -174,6 +187,9 @@ def tables(results: list[dict], headlines: bool) -> str:
         commits = sorted({f"{row['commit']} ({row['date']})" for row in rows})
         parts.append(heading(result["machine"]))
         parts.append(table([row for row in rows if row["headline"] or not headlines], columns))
+        if not headlines and (lines := agreements(rows)):
+            parts.append("Agreement with the unpatched model (random weights: no accuracy):")
+            parts.append("\n".join(f"* {line}" for line in lines))
         parts.append(f"{outcome(rows)}\n\nCommit measured: {', '.join(commits)}.")
     return "\n\n".join(parts)
 
@@ -200,6 +216,7 @@ def summary(rows: list[dict]) -> str:
         lines.append(f"      rivals take {shown['rivals take, times ours']}")
         lines += [f"      extra memory, MB: {shown['extra memory, MB']}"] if shown["extra memory, MB"] else []
         lines += [f"      {goal}" for goal in shown["goals"].split("; ") if goal]
+        lines += [f"      agreement: {line.partition(': ')[2]}" for line in agreements([row])]
         lines += [f"      {name} did not run: {reason}" for name, reason in row["unavailable"].items()]
     misses = missed(rows)
     goals = sum(len(row["goals"]) for row in rows)

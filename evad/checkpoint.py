@@ -28,6 +28,10 @@ class CheckpointError(ValueError):
     """A file that cannot be read, or holds another model."""
 
 
+class NoConfigError(CheckpointError):
+    """The file says nothing of the model that it is for."""
+
+
 class LoadReport(NamedTuple):
     """What ``load_checkpoint`` did."""
 
@@ -71,11 +75,12 @@ def read_config(path: str | Path) -> EVADConfig:
     """The configuration that a file of ``save_checkpoint`` carries.
 
     Raises:
-        CheckpointError: the file cannot be read or carries no configuration.
+        NoConfigError: the file carries no configuration.
+        CheckpointError: the file cannot be read, or its configuration is another version's.
     """
     about = _about(Path(path))
     if about is None:
-        raise CheckpointError(f"{path} carries no EVAD configuration: it is not a file of save_checkpoint")
+        raise NoConfigError(f"{path} carries no EVAD configuration: it is not a file of save_checkpoint")
     try:
         return EVADConfig(**about["config"])
     except (KeyError, TypeError, ValueError) as error:

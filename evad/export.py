@@ -3,6 +3,9 @@
 Exported is the forward for clips of one size and any number of them, from normalised clips [B, 3, T, H, W] to person
 logits, boxes, action logits and kept positions (``EVADOutput``, without its names). The ops enter as their
 plain-PyTorch reference, which every exporter can take apart; ``select_detections`` and preprocessing stay outside.
+
+For C++, AOTInductor compiles the program: ``torch._inductor.aoti_compile_and_package(export_program(model, size),
+package_path="evad.pt2")``; ``aoti_load_package`` runs the package without this one (tested on a CPU).
 """
 
 from __future__ import annotations

@@ -134,6 +134,15 @@ def test_harvest_goal():
     }
 
 
+def test_agreement_is_shown_with_all_results_and_in_the_summary():
+    approximate = {**row("a", 1.0, 3.0, True), "details": {"agreement": {"ours": {"cosine": 0.98, "top-1": 0.875}}}}
+    machine = {"hardware": "M", "torch": "2", "ceilings": {"copy GB/s": 10.0}}
+    rows = [{**approximate, "commit": "c", "date": "d"}, {**row("b", 1.0, 3.0, True), "commit": "c", "date": "d"}]
+    assert "* op, a: ours cosine 0.980, top-1 0.875\n\n" in report.tables([{"machine": machine, "rows": rows}], False)
+    assert "cosine" not in report.tables([{"machine": machine, "rows": rows}], True)
+    assert "agreement: ours cosine 0.980, top-1 0.875" in report.summary([approximate])
+
+
 def test_readme_tables_are_generated_from_the_results():
     readme = (report.ROOT / "README.md").read_text()
     assert readme == report.with_tables(readme, report.load()), "run python -m benchmarks.report"

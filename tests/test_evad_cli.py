@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from evad import EVAD, EVADConfig, ava
 from evad.checkpoint import save_checkpoint
@@ -338,6 +339,16 @@ def test_visualize_without_decoder(tmp_path, capfd):
     save_checkpoint(EVAD(EVADConfig.tiny(decoder_depth=0)), path)
     status, out, _ = run(capfd, "visualize", BIKES, "--checkpoint", path, "--out", tmp_path, "--json")
     assert status == 0 and json.loads(out)["people"] == [] and "attention" not in json.loads(out)["files"]
+
+
+def test_refuses_a_configuration_of_another_version(tmp_path, capfd):
+    """Rather than take the default model for it."""
+    path = tmp_path / "newer.safetensors"
+    about = {"config": {"width": 96, "field_of_a_later_version": 1}, "labels": []}
+    save_file({"x": torch.zeros(1)}, path, metadata={"evad": json.dumps(about)})
+    status, out, err = run(capfd, "visualize", BIKES, "--checkpoint", path, "--out", tmp_path)
+    assert status == 2 and not out
+    assert "carries a configuration of another version" in err and "field_of_a_later_version" in err
 
 
 # profile

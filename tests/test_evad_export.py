@@ -55,6 +55,24 @@ def test_program_runs_in_a_process_without_this_package(tmp_path):
 
 
 @pytest.mark.slow
+def test_aotinductor_package_runs_in_a_process_without_this_package(tmp_path):
+    model = build(0.7, depth=4, pruning_blocks=(1, 2), pyramid_blocks=(0, 1, 2, 3))
+    package = str(tmp_path / "evad.pt2")
+    torch._inductor.aoti_compile_and_package(export_program(model, SIZE), package_path=package)
+    clips = torch.randn(3, 3, 16, *SIZE)
+    torch.save(clips, tmp_path / "clips.pt")
+    code = (
+        "import sys, torch\n"
+        "program = torch._inductor.aoti_load_package('evad.pt2')\n"
+        "torch.save(program(torch.load('clips.pt')), 'outputs.pt')\n"
+        "assert 'evad' not in sys.modules and 'evad_kernels' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert_same(torch.load(tmp_path / "outputs.pt"), expected(model, clips))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_rate", [1.0, 0.6])
 def test_onnx_gives_the_same_boxes_and_scores(tmp_path, keep_rate):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

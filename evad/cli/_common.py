@@ -130,15 +130,19 @@ def build(args: argparse.Namespace) -> Built:
 
 def configuration(args: argparse.Namespace) -> tuple[EVADConfig, str]:
     """The configuration that the options ask for, and its name."""
-    from ..checkpoint import CheckpointError, read_config
+    from ..checkpoint import CheckpointError, NoConfigError, read_config
 
     checkpoint = getattr(args, "checkpoint", None)
     if checkpoint is not None and not checkpoint.exists():
         raise CommandError(f"--checkpoint: {checkpoint}: no such file")
     config, name = None, args.model
     if name is None and checkpoint is not None:
-        with contextlib.suppress(CheckpointError):  # not one of ours: it does not say what model it is
+        try:
             config, name = read_config(checkpoint), checkpoint.stem
+        except NoConfigError:
+            pass  # not one of ours: it does not say what model it is
+        except CheckpointError as error:
+            raise CommandError(f"--checkpoint: {error}") from error
     if config is None and (name is None or name in PRESETS):
         name = name or args.default_model
         config = getattr(EVADConfig, name)()
