@@ -136,7 +136,7 @@ def build(device, model, B, schedule, dtype):
 
 
 def agreement(contestants, device, model, dtype):
-    """Cosine of the features that a classifier sees, and how often a random classifier of 1,000 answers as unpatched."""
+    """Cosine of the features that a classifier sees, and how often a random classifier answers as unpatched."""
     samples = [sample.to(device, getattr(torch, dtype)) for sample in views(model, 8, seed=2).split(1)]
     classifier = draw(768, 1000, seed=3, dtype=torch.float32, device=device)
 
