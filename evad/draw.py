@@ -373,7 +373,8 @@ def attention_figure(
 ) -> Image.Image:
     """Time slices across, the input and each actor down: the brighter a token, the more the actor attends to it.
 
-    Colours are of one scale for an actor's whole row. At most ``most`` actors are drawn, the first ones.
+    Colours are of one scale for an actor's whole row, by the root of the attention: a trained model's is concentrated
+    on few tokens, beside which the others would all be dark. At most ``most`` actors are drawn, the first ones.
     """
     T = pruning.grid[0]
     tile_width = max(120, min(260, 1500 // T))
@@ -408,7 +409,7 @@ def attention_figure(
         for t in range(T):
             image = pruning.frames[t * pruning.tubelet]
             if actor is not None:
-                image = attention_tile(image, kept[t], actor.attention[t] / peak, pruning.patch)
+                image = attention_tile(image, kept[t], np.sqrt(actor.attention[t] / peak), pruning.patch)
             tile = Image.fromarray(image).resize((tile_width, tile_height), Image.Resampling.LANCZOS)
             figure.paste(tile, (left[t], top))
             if t == pruning.keyframe:
@@ -438,6 +439,7 @@ def _attention_legend(figure: Image.Image, x: int, y: int) -> None:
         ("the actor's brightest token", 0, None),
         ("", 22, np.broadcast_to(DROPPED, (22, 22, 3)).astype(np.uint8)),
         ("dropped before the decoder", 0, None),
+        ("shares below 100% in all: the rest goes to other boxes", 0, None),
     ):
         if image is not None:
             figure.paste(Image.fromarray(image), (x, y))
