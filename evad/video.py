@@ -182,7 +182,7 @@ class Video:
     def _decode(self) -> Iterator[Frame]:
         """Whole frames from here on, with times that increase."""
         step = 1 / self.fps
-        last = None
+        last = rotation = matrix = None
         for frame in self._raw_frames():
             if frame.is_corrupt:
                 self.skipped += 1
@@ -197,12 +197,14 @@ class Video:
             if last is not None and (time <= last or self._beyond(time)):
                 time = last + step  # damaged timestamp
             last = time
-            matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+            if frame.rotation != rotation:  # rarely: reading side_data puts the frame into a reference cycle
+                rotation, side_data = frame.rotation, frame.side_data.get(SideData.DISPLAYMATRIX)
+                matrix = None if side_data is None else _matrix(side_data)
             if self._coded is None:
                 self._coded = frame.width, frame.height
             elif self._coded != (frame.width, frame.height):  # a stream may change its size: keep the first
                 frame = frame.reformat(*self._coded, **_ONE_THREAD)
-            yield Frame(time, frame, None if matrix is None else _matrix(matrix))
+            yield Frame(time, frame, matrix)
 
     def _beyond(self, time: float) -> bool:
         return self.duration is not None and time > 2 * self.duration + 60
