@@ -105,6 +105,18 @@ def test_verdicts(attention, random, words):
     )
 
 
+def test_time_counts_on_a_quiet_machine_alone():
+    experiment = next(e for e in EXPERIMENTS if e.title.startswith("Figure 8"))
+    for load, expected in ((1.2, {0: 75.0}), (3.0, {})):
+        records = {
+            f"cost,keep_rate={rate}": [
+                {"kind": "cost", "seed": 0, "cost": {"seconds": rate + 0.2}, "machine": {"load": load, "threads": 1}}
+            ]
+            for rate in (1.0, 0.7)
+        }
+        assert report.values(experiment.rows[3], records, "") == pytest.approx(expected)
+
+
 def test_within_is_asked_of_the_difference():
     experiment = next(e for e in EXPERIMENTS if e.title.startswith("Table 1d"))
     for gap, words in ((-0.4, ": holds"), (-0.6, ": **does not hold**")):

@@ -273,8 +273,8 @@ EXPERIMENTS = (
             Trend("pruning saves memory", "memory, 1.0", "memory, 0.7"),
             Trend("pruning saves time", "time, 1.0", "time, 0.7"),
         ),
-        "Memory is what the forward keeps for the backward, counted; time is a step's. The paper gives what a GPU "
-        "allocates for its batch.",
+        "Memory is what the forward keeps for the backward, counted; time is a step's, and counts as not run where the "
+        "machine had other work. The paper gives what a GPU allocates for its batch.",
         "per cent of rate 1.0",
     ),
 )

@@ -26,11 +26,9 @@ def values(row: Row, records: Records, unit: str) -> dict[int, float]:
     found = {}
     for record in records.get(row.run, ()):
         if record["kind"] == "cost":
-            value = record["cost"][row.metric]
-            whole = [
-                r["cost"][row.metric] for r in records.get("cost,keep_rate=1.0", ()) if r["seed"] == record["seed"]
-            ]
-            value = value / whole[0] if whole else None
+            whole = [r for r in records.get("cost,keep_rate=1.0", ()) if r["seed"] == record["seed"]]
+            comparable = whole and (row.metric != "seconds" or all(map(_quiet, (record, *whole))))
+            value = record["cost"][row.metric] / whole[0]["cost"][row.metric] if comparable else None
         else:
             evaluations = record["evaluations"]
             rate = evaluations["own_rate"] if row.rate is None else str(row.rate)
@@ -38,6 +36,11 @@ def values(row: Row, records: Records, unit: str) -> dict[int, float]:
         if value is not None:
             found[record["seed"]] = 100 * value
     return found
+
+
+def _quiet(record: dict) -> bool:
+    """Whether nothing else ran beside it: else its time says nothing."""
+    return (record["machine"]["load"] or 0.0) <= record["machine"]["threads"] + 0.5
 
 
 def verdict(trend: Trend, experiment: Experiment, records: Records) -> str:
