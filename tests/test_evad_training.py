@@ -566,7 +566,7 @@ def test_command_trains_and_goes_on(tmp_path, capfd):
         (["--set", "model.num_classes=3"], "model.num_classes must be 8, as the data has, got 3"),
         (["--set", "data.name=nothing"], "data: name must be one of"),
         (["--set", "data.clip=1"], "'clip' is no option of synthetic"),
-        (["--set", "training.batch_size=5000"], "data: 4000 clips are less than one batch of 5000"),
+        (["--set", "training.batch_size=9000"], "data: 8000 clips are less than one batch of 9000"),
         (["--set", "training.weights=none.pt"], "none.pt"),
     ],
 )
