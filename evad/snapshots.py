@@ -97,6 +97,8 @@ def claim(folder: Path) -> IO:
     except BlockingIOError as error:
         file.close()
         raise ValueError(f"{folder} is in use by another process that trains") from error
+    for left in list(folder.rglob(".step_*")):  # by a run that was killed as it wrote or deleted
+        shutil.rmtree(left, ignore_errors=True)
     return file
 
 

@@ -324,6 +324,14 @@ def test_killed_at_random_ends_the_same(workers, tmp_path):
     assert [path.name for path in killed.rglob(".*")] == [".lock"]
 
 
+def test_what_a_killed_run_left_is_cleared(tmp_path):
+    expected = fit(tmp_path).weights.read_bytes()
+    for name in (".step_00000003.deleted", ".step_00000009.draft"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert fit(tmp_path).weights.read_bytes() == expected
+    assert [path.name for path in tmp_path.rglob(".*")] == [".lock"]
+
+
 def test_stopped_goes_on(tmp_path):
     expected = fit(tmp_path / "whole")
     steps = []
