@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .experiments import EXPERIMENTS, RUNS, Experiment, Row, Trend
 
-CLAIM = 3  # seeds from which a difference between trainings is claimed
+CLAIM = 3  # seeds from which a difference in accuracy is claimed
 Records = Mapping[str, Sequence[dict]]  # by run, one a seed, in the order of seeds
 
 
@@ -59,7 +59,7 @@ def verdict(trend: Trend, experiment: Experiment, records: Records) -> str:
     asked = "" if trend.within is None else f", asked for: at least {least:+.1f}"
     apart = f", seeds {min(gaps):+.2f} to {max(gaps):+.2f}" if len(gaps) > 1 else ""
     kinds = {record["kind"] for row in (high, low) for record in records[row.run]}
-    if "train" in kinds and len(seeds) < CLAIM:
+    if kinds != {"cost"} and len(seeds) < CLAIM:
         answer = f"{'seen' if holds else '**not seen**'}, no claim from {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     elif min(gaps) <= least < max(gaps) and len(gaps) > 1:
         answer += ", but not for every seed"
@@ -88,7 +88,7 @@ def text(records: Records) -> str:
         "differences, not levels.",
         "",
         f"{done} runs are recorded, of {len(RUNS)} kinds {sum(run.name in records for run in RUNS)}; "
-        f"a difference between trainings is claimed from {CLAIM} seeds. ± is the standard deviation over seeds.",
+        f"a difference in accuracy is claimed from {CLAIM} seeds. ± is the standard deviation over seeds.",
         "",
         *_how(records),
     ]
