@@ -6,7 +6,9 @@ Without a C++ compiler the package still installs: the reason is written beside 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -18,11 +20,17 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 MISSING = "_native_missing.txt"
+# What CMake reads; as `depends` of the extension it comes into the source distribution.
+DEPENDS = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())]
+
+
+def find_compiler() -> str | None:
+    return os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
 
 
 def missing_compiler() -> str | None:
     """Why there is no working C++ compiler here, or None."""
-    compiler = os.environ.get("CXX") or next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+    compiler = find_compiler()
     if compiler is None:
         return "no C++ compiler was found when the package was installed (looked for $CXX, c++, g++, clang++)"
     with tempfile.TemporaryDirectory() as folder:
@@ -38,6 +46,15 @@ def missing_compiler() -> str | None:
     return None
 
 
+def build_digest() -> str:
+    """Of all that decides what a build gives. A module carries its own, so that one which is there already is found."""
+    compiler = subprocess.run([*find_compiler().split(), "--version"], capture_output=True, check=True).stdout
+    variables = ("CMAKE_ARGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH")
+    settings = [*(os.environ.get(name, "") for name in variables), shutil.which("nvcc") or "", platform.machine()]
+    sources = [Path(ROOT, path).read_bytes() for path in ("setup.py", *DEPENDS)]
+    return hashlib.sha256(b"\0".join([compiler, *map(os.fsencode, (*settings, *DEPENDS)), *sources])).hexdigest()
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -50,6 +67,12 @@ class CMakeBuild(build_ext):
             note.write_text(reason + "\n")
             return
         note.unlink(missing_ok=True)
+        digest = build_digest()
+        earlier = ROOT / "evad_kernels" / target.name
+        if earlier.exists() and digest.encode() in earlier.read_bytes():
+            if earlier != target:
+                shutil.copy2(earlier, target)
+            return
         # A fresh folder each time: under build isolation a kept CMake cache points at a deleted ninja.
         with tempfile.TemporaryDirectory(prefix="evad_kernels_build_") as build:
             configure = [
@@ -59,6 +82,7 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-DEVAD_OUTPUT_DIRECTORY={target.parent}",
                 f"-DEVAD_OUTPUT_NAME={target.name}",
+                f"-DEVAD_BUILD_DIGEST={digest}",
                 *os.environ.get("CMAKE_ARGS", "").split(),
             ]
             subprocess.run(configure, check=True)
@@ -79,7 +103,5 @@ class CMakeBuild(build_ext):
                 (package / MISSING).unlink(missing_ok=True)
 
 
-# `depends` carries what CMake reads into the source distribution.
-depends = ["CMakeLists.txt", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir())]
-native = Extension("evad_kernels._native", sources=[], depends=depends)
+native = Extension("evad_kernels._native", sources=[], depends=DEPENDS)
 setup(ext_modules=[native], cmdclass={"build_ext": CMakeBuild})

@@ -312,6 +312,9 @@ void bind_pyramid_roi_align(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU and CUDA kernels of evad_kernels; call them through the package.";
+#if defined(EVAD_BUILD_DIGEST)
+  m.attr("build_digest") = EVAD_BUILD_DIGEST;  // setup.py does not build again what it finds in here
+#endif
   bind_cpu_isa(m);
   bind_cell_map<Cpu>(m);
   bind_keyframe_attention(m);

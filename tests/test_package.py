@@ -321,6 +321,42 @@ def probe(folder, backend):
 OPS = ("scatter_tokens", "token_selection", "roi_align_3d", "pyramid_roi_align", "keyframe_attention")
 
 
+STAND_IN_FOR_CMAKE = """#!/bin/sh
+for argument; do case $argument in
+  -DEVAD_OUTPUT_DIRECTORY=*) folder=${argument#*=} ;;
+  -DEVAD_OUTPUT_NAME=*) name=${argument#*=} ;;
+  -DEVAD_BUILD_DIGEST=*) digest=${argument#*=} ;;
+esac; done
+[ -z "$digest" ] || { echo "$digest" > "$folder/$name"; echo "$digest" >> builds; }
+"""
+
+
+def test_builds_again_only_after_a_change(tmp_path):
+    """So the README's second line does not compile what its first line has compiled."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "evad_kernels").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "cmake").write_text(STAND_IN_FOR_CMAKE)
+    (tmp_path / "bin" / "cmake").chmod(0o755)
+
+    def builds(**variables):
+        environment = {**os.environ, **variables, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tmp_path, env=environment)
+        (module,) = (tmp_path / "evad_kernels").glob("_native*")
+        done = (tmp_path / "builds").read_text().split()
+        assert module.read_text().strip() == done[-1]
+        return len(done)
+
+    assert (builds(), builds(), builds(CXXFLAGS="-g")) == (1, 1, 2)
+    with open(tmp_path / "csrc" / "parallel.h", "a") as file:
+        file.write("// changed\n")
+    assert builds(CXXFLAGS="-g") == 3
+
+
 @pytest.mark.slow
 def test_wheel_passes_the_op_tests_elsewhere(checkout, tmp_path):
     """In an environment that has this one's packages but neither the sources nor what is installed to be edited."""
