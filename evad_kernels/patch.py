@@ -56,7 +56,7 @@ class Pruning(NamedTuple):
     protected: int  # how many, after ``order``
     protected_weight: float
     num_tokens: int | None  # tokens of the model where ``order`` was given for as many
-    is_first: bool  # takes a tensor, and brings protected tokens to the front
+    is_first: bool  # takes a tensor
     is_last: bool  # gives a tensor
     restore: bool
 
@@ -85,10 +85,10 @@ def timm(
         protected_weight: What a protected query counts in the importance, at least 0; other queries count 1.
         dropped: "drop": the model's last blocks, its norm and its head see kept tokens only, in the model's order
             behind the protected ones. "restore": after the last block every token is back at its place, dropped ones
-            holding ``fill``.
+            holding ``fill``. The outputs of blocks between (``forward_intermediates``) are not served.
         fill: [C], what a restored token holds; None: zeros.
     Returns:
-        ``vit``.
+        ``vit``. Where no block drops a token, its outputs are those of the model unpatched, bit for bit.
     Raises:
         ValueError: a number is out of range, or the model cannot be served; the message says why.
         TypeError: ``vit`` has no ``blocks``.
@@ -120,13 +120,20 @@ def transformers(
 ) -> nn.Module:
     """Make a ViT or VideoMAE of Hugging Face transformers (5 or later) prune its tokens.
 
+    Served are ViT, DeiT, ViTMAE, ViTMSN, I-JEPA, ViViT, DINOv2 (also with registers) and VideoMAE.
+
+    A block that drops nothing runs as it did, through the attention interface of transformers, with whatever
+    ``set_attn_implementation`` chose. That interface wants as many rows back as it gave, so a block that drops tokens
+    calls the layer's own projections and the kernel.
+
     Args:
         model: The model, bare or inside a task model (``ViTForImageClassification``), changed in place.
-        protected: As in ``timm``. None: the class token of a ViT; for a VideoMAE the middle slice of the clip, EVAD's
-            keyframe, whose tokens move to the front (the model's mean over tokens does not see their order).
+        protected: As in ``timm``. None: class token, distillation token and registers; for a VideoMAE the middle slice
+            of the clip, EVAD's keyframe, whose tokens move to the front as soon as any are dropped (the model's mean
+            over tokens does not see their order).
         keep_rate, blocks, protected_weight, dropped, fill: As in ``timm``.
     Returns:
-        ``model``.
+        ``model``. Where no block drops a token, its outputs are those of the model unpatched, bit for bit.
     Raises:
         ValueError: a number is out of range, or the model cannot be served; the message says why.
         TypeError: no layers of a ViT or VideoMAE are found.
@@ -137,11 +144,18 @@ def transformers(
             break
     else:
         raise TypeError(f"patch.transformers: model must have one of {list(_TRANSFORMERS)}, got {type(model).__name__}")
-    family = _TRANSFORMERS[type(layers[0]).__name__]
-    # The class token, and the distillation token of a DeiT.
-    prefix = {"VideoMAELayer": 0, "DeiTLayer": 2}.get(type(layers[0]).__name__, 1)
-    if protected is None and family is _VideoMAELayer:
+    name = type(layers[0]).__name__
+    # A class token; a DeiT has a distillation token too.
+    prefix = {"VideoMAELayer": 0, "IJepaLayer": 0, "DeiTLayer": 2}.get(name, 1)
+    if name == "Dinov2WithRegistersLayer":
+        prefix += model.config.num_register_tokens
+    if protected is None and name == "VideoMAELayer":
         protected = _middle_slice(model.config)
+    if dropped == "drop" and hasattr(model, "decoder"):
+        raise ValueError(
+            f"patch.transformers: dropped must be 'restore' for {type(model).__name__}, whose decoder "
+            f"wants every token, got {dropped!r}"
+        )
     return _patch(
         "transformers",
         model,
@@ -269,6 +283,7 @@ class _Attention(_Patched):
 class _Block(_Patched):
     """A pre-norm block, x + branch(attention(heads(x))), then ``rest``; tokens are dropped between the two."""
 
+    attention_name: str | None = None  # the class of the only attention that is served; None: the block has one kind
     _order: Tensor | None  # [N] int64: the model's tokens with the protected ones first; None: as they are
     _fill: Tensor | None  # [C]
     records: tuple[list[Tensor], ...] = ()  # lists that ``record`` yielded and that are still open
@@ -276,6 +291,11 @@ class _Block(_Patched):
     def forward(self, x: Tensor | Tokens, *args, **kwargs) -> Tensor | Tokens:
         _require_no_mask(*args, **kwargs)
         tokens = self._enter(x) if self.pruning.is_first else x
+        if not isinstance(tokens, Tokens):
+            raise TypeError(
+                f"patch: input must be the Tokens of the block before, got {type(x).__name__}: call the model as a "
+                "whole, and checkpoint with use_reentrant=False"
+            )
         N = tokens.x.shape[1]
         if self.keep(N) < N:
             tokens = self._prune(tokens)
@@ -292,10 +312,11 @@ class _Block(_Patched):
             raise ValueError(
                 f"patch: the model's tokens must be at least the protected {self.pruning.protected}, got {N}"
             )
-        order = torch.arange(N, device=x.device) if self._order is None else self._order
-        return Tokens(x if self._order is None else x[:, order], order.expand(B, N), N)
+        return Tokens(x, torch.arange(N, device=x.device).expand(B, N), N)
 
     def _prune(self, tokens: Tokens) -> Tokens:
+        if self._order is not None and tokens.x.shape[1] == tokens.num_tokens:  # the first that are dropped
+            tokens = tokens._replace(x=tokens.x[:, self._order], position=tokens.position[:, self._order])
         rows, index, _ = self.attend(*self.heads(tokens.x))
         x, position = (gather_tokens(t, index, num_keyframe=self.pruning.protected) for t in tokens[:2])
         for record in self.records:
@@ -324,6 +345,7 @@ def _require_no_mask(*args, is_causal: bool = False, **kwargs) -> None:
 
 
 class _TimmBlock(_Block):
+    attention_name = "Attention"  # others compute something else from the same parts
     needs = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
     attention_needs = ("qkv", "num_heads", "scale", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop")
 
@@ -354,15 +376,28 @@ class _ViTLayer(_Block):
         return layer.attention
 
     def heads(self, x):
-        attention, x = self.attention, self.layernorm_before(x)
-        projections = attention.q_proj, attention.k_proj, attention.v_proj
-        return (*(_heads(p(x), attention.num_attention_heads) for p in projections), attention.scaling)
+        return _project(self.attention, self.layernorm_before(x), ("q_proj", "k_proj", "v_proj"))
 
     def branch(self, rows):
         return self.dropout(self.attention.o_proj(rows))
 
     def rest(self, x):
         return x + self.dropout(self.mlp(self.layernorm_after(x)))
+
+
+class _Dinov2Layer(_Block):
+    needs = ("norm1", "attention", "layer_scale1", "drop_path", "norm2", "mlp", "layer_scale2")
+    attention_needs = _ViTLayer.attention_needs
+    attention_of = _ViTLayer.attention_of
+
+    def heads(self, x):
+        return _project(self.attention, self.norm1(x), ("q_proj", "k_proj", "v_proj"))
+
+    def branch(self, rows):
+        return self.drop_path(self.layer_scale1(self.attention.o_proj(rows)))
+
+    def rest(self, x):
+        return x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
 
 
 class _VideoMAELayer(_Block):
@@ -374,9 +409,7 @@ class _VideoMAELayer(_Block):
         return layer.attention.attention
 
     def heads(self, x):
-        attention, x = self.attention.attention, self.layernorm_before(x)
-        projections = attention.query, attention.key, attention.value
-        return (*(_heads(p(x), attention.num_attention_heads) for p in projections), attention.scaling)
+        return _project(self.attention.attention, self.layernorm_before(x), ("query", "key", "value"))
 
     def branch(self, rows):
         return self.attention.output(rows, None)
@@ -386,7 +419,11 @@ class _VideoMAELayer(_Block):
 
 
 _TIMM = {"Block": _TimmBlock}
-_TRANSFORMERS = {"ViTLayer": _ViTLayer, "DeiTLayer": _ViTLayer, "VideoMAELayer": _VideoMAELayer}
+_TRANSFORMERS = {
+    **dict.fromkeys(("ViTLayer", "DeiTLayer", "ViTMAELayer", "ViTMSNLayer", "IJepaLayer", "VivitLayer"), _ViTLayer),
+    **dict.fromkeys(("Dinov2Layer", "Dinov2WithRegistersLayer"), _Dinov2Layer),
+    "VideoMAELayer": _VideoMAELayer,
+}
 
 
 def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -394,9 +431,13 @@ def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, N, H*D] to a view [B, H, N, D]."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def _project(attention: nn.Module, x: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Query, key, value of x [B, N, C], views [B, H, N, D], by the projections of these names; and the scale."""
+    projected = (getattr(attention, name)(x) for name in names)
+    return (
+        *(p.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2) for p in projected),
+        attention.scaling,
+    )
 
 
 # Patching.
@@ -422,7 +463,13 @@ def _patch(
             raise ValueError(f"patch.{family}: blocks must be of {sorted(served)}, got {type(layer).__qualname__}")
         mixin = served[type(layer).__name__]
         _require(family, layer, mixin.needs)
+        if hasattr(layer, "window_size"):
+            raise ValueError(f"patch.{family}: blocks must take tokens [B, N, C], got one that attends in windows")
         attention = mixin.attention_of(layer)
+        if mixin.attention_name not in (None, type(attention).__name__):
+            raise ValueError(
+                f"patch.{family}: attention must be plain {mixin.attention_name}, got {type(attention).__name__}"
+            )
         _require(family, attention, mixin.attention_needs)
         _require_plain_attention(family, attention)
     for number, layer in enumerate(layers[first:], first):

@@ -14,24 +14,28 @@ from evad_kernels import gather_tokens, patch, scatter_tokens, use_backend
 # Family: (make a model, what it takes [B, ...]). Depth 4, so blocks 1, 2 and 3 prune.
 
 
-def _vit(**config):
+def _hugging_face(family, task="Model", **config):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48, **config}
-    config = transformers.ViTConfig(image_size=48, patch_size=8, num_labels=5, **config)
-    return transformers.ViTForImageClassification(config), (3, 48, 48)
+    config = {
+        **{"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48},
+        **{"image_size": 48, "patch_size": 8, "num_labels": 5},
+        **config,
+    }
+    config = getattr(transformers, f"{family}Config")(**config)
+    return getattr(transformers, f"{family}{task}")(config), (3, 48, 48)
 
 
-def _deit():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
-    return transformers.DeiTModel(transformers.DeiTConfig(image_size=48, patch_size=8, **config)), (3, 48, 48)
+def _vit(task="ForImageClassification", **config):
+    return _hugging_face("ViT", task, **config)
 
 
-def _videomae():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    config = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
-    config = transformers.VideoMAEConfig(image_size=32, patch_size=8, num_frames=8, num_labels=5, **config)
-    return transformers.VideoMAEForVideoClassification(config), (8, 3, 32, 32)
+def _videomae(task="ForVideoClassification", **config):
+    return _hugging_face("VideoMAE", task, image_size=32, num_frames=8, **config)[0], (8, 3, 32, 32)
+
+
+def _vivit():
+    config = {"image_size": 32, "num_frames": 8, "tubelet_size": (2, 8, 8)}
+    return _hugging_face("Vivit", **config)[0], (8, 3, 32, 32)
 
 
 def _timm(**options):
@@ -53,7 +57,13 @@ def _timm(**options):
 
 FAMILIES = {
     "vit": _vit,
-    "deit": _deit,
+    "deit": lambda: _hugging_face("DeiT"),
+    "mae": lambda: _hugging_face("ViTMAE", mask_ratio=0.0),
+    "msn": lambda: _hugging_face("ViTMSN"),
+    "ijepa": lambda: _hugging_face("IJepa"),
+    "dinov2": lambda: _hugging_face("Dinov2", mlp_ratio=2),
+    "dinov2 registers": lambda: _hugging_face("Dinov2WithRegisters", num_register_tokens=3, use_swiglu_ffn=True),
+    "vivit": _vivit,
     "videomae": _videomae,
     "timm": _timm,
     "timm registers": lambda: _timm(reg_tokens=3, init_values=0.5, qk_norm=True, global_pool="avg"),
@@ -72,6 +82,7 @@ def build(family):
 
 
 def answer(model, inputs):
+    torch.manual_seed(1)  # a ViTMAE shuffles its tokens
     output = model(inputs)
     return output if isinstance(output, torch.Tensor) else output[0] if "logits" not in output else output.logits
 
@@ -97,7 +108,7 @@ class Rebuilt:
             q, k, _ = attn.qkv(x).reshape(*x.shape[:2], 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
             q, k = attn.q_norm(q), attn.k_norm(k)
         else:
-            attn, x = layer.attention, layer.layernorm_before(x)
+            attn, x = layer.attention, getattr(layer, "layernorm_before", getattr(layer, "norm1", None))(x)
             attn = getattr(attn, "attention", attn)
             q, k = (
                 getattr(attn, name if hasattr(attn, name) else f"{name[0]}_proj")(x)
@@ -112,7 +123,7 @@ class Rebuilt:
             N = x.shape[1]
             keep = max(math.ceil(self.rates.get(number, 1.0) * N), self.protected)
             if keep < N:
-                score = self.importance(layer, x)
+                score = self.importance(layer, x.detach())
                 score[:, : self.protected] = math.inf
                 rows = score.topk(keep).indices.sort().values
                 self.kept.append(rows)
@@ -122,9 +133,14 @@ class Rebuilt:
         return x
 
 
+TOKENS = {"deit": 38, "ijepa": 36, "timm registers": 40, "dinov2 registers": 40, "vivit": 65, "videomae": 64}
+TOKENS = {family: TOKENS.get(family, 37) for family in FAMILIES}
+PROTECTED = {"deit": 2, "ijepa": 0, "timm registers": 4, "dinov2 registers": 4, "videomae": 16}  # others: 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
 def test_matches_rebuilt(family):
+    """Features, their gradient, and which tokens are left."""
     model, inputs, apply = build(family)
     rates = {1: 0.7, 3: 0.5}
     order = None
@@ -133,12 +149,15 @@ def test_matches_rebuilt(family):
     hook = layers[0].register_forward_pre_hook(lambda module, args: captured.append(args[0]))
     answer(model, inputs)
     hook.remove()
-    x = captured[0]
-    protected = {"vit": 1, "deit": 2, "timm": 1, "timm registers": 4, "videomae": 16}[family]
+    x = captured[0].detach()
+    protected = PROTECTED.get(family, 1)
     if family == "videomae":  # the keyframe's 16 tokens, slice 2 of 4
         order = torch.tensor([*range(32, 48), *range(32), *range(48, 64)])
     rebuilt = Rebuilt(model, rates, protected)
     want = rebuilt(x if order is None else x[:, order])
+    upstream = torch.randn_like(want)
+    parameters = dict(layers.named_parameters())
+    want_grads = torch.autograd.grad((want * upstream).sum(), list(parameters.values()))
 
     apply(model, rates)
     last = []
@@ -147,6 +166,10 @@ def test_matches_rebuilt(family):
         answer(model, inputs)
     hook.remove()
     torch.testing.assert_close(last[0], want, rtol=1e-4, atol=1e-4)
+    grads = torch.autograd.grad((last[0] * upstream).sum(), list(parameters.values()))
+    largest = max(grad.abs().max().item() for grad in want_grads)
+    for name, got, expected in zip(parameters, grads, want_grads, strict=True):  # a key's bias has none but rounding
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5 * largest, msg=name)
     now = torch.arange(x.shape[1]) if order is None else order
     now = now.expand(2, -1)
     for position, rows in zip(kept, rebuilt.kept, strict=True):
@@ -160,10 +183,13 @@ def test_keep_rate_1_and_unpatch_leave_the_model_as_it_was(family):
     model, inputs, apply = build(family)
     before, classes = answer(model, inputs), [type(module) for module in model.modules()]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert apply(model, 1.0, protected=1) is model
-    assert torch.equal(answer(model, inputs), before)
-    assert model.state_dict().keys() == state.keys()
-    patch.unpatch(model)
+    mask = torch.zeros(TOKENS[family], dtype=torch.bool)
+    mask[-3:] = True
+    for options in ({}, {"protected": 5}, {"protected": mask}, {"dropped": "restore", "protected": mask}):
+        assert apply(model, 1.0, **options) is model
+        assert torch.equal(answer(model, inputs), before)
+        assert model.state_dict().keys() == state.keys()
+        patch.unpatch(model)
     apply(model, 0.6)
     assert not torch.equal(answer(model, inputs), before)
     assert model.state_dict().keys() == state.keys()
@@ -192,7 +218,7 @@ def test_gradient_is_that_of_the_reference(family):
     assert sum(grad.abs().sum() > 0 for grad in grads["auto"].values()) > 30
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["vit", "dinov2 registers", "videomae", "timm", "timm registers"])
 @torch.no_grad()
 def test_compiles_without_graph_break(family):
     model, inputs, apply = build(family)
@@ -200,6 +226,46 @@ def test_compiles_without_graph_break(family):
     want = answer(model, inputs)
     torch._dynamo.reset()
     torch.testing.assert_close(answer(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs), want)
+
+
+@pytest.mark.parametrize("family", ["vit", "timm"])
+def test_trains_with_checkpointed_activations(family):
+    model, inputs, apply = build(family)
+    apply(model.train(), 0.6)
+    grads = []
+    for _ in range(2):
+        model.zero_grad()
+        answer(model, inputs).square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+        if family == "timm":
+            model.set_grad_checkpointing()
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    if family == "vit":  # the older kind of checkpoint takes tuples of tensors apart
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        with pytest.raises(
+            TypeError, match=r"must be the Tokens of the block before, got tuple: .* use_reentrant=False"
+        ):
+            answer(model, inputs.requires_grad_())
+
+
+@torch.no_grad()
+def test_blocks_that_drop_nothing_go_through_the_attention_interface():
+    model, inputs, _ = build("vit")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    rows = []
+
+    def counted(module, query, key, value, attention_mask, **kwargs):
+        rows.append(query.shape[2])
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    transformers.AttentionInterface.register("counted", counted)
+    patch.transformers(model, {1: 0.5})
+    want = answer(model, inputs)
+    model.set_attn_implementation("counted")
+    assert torch.equal(answer(model, inputs), want)
+    assert rows == [37, 19, 19]  # not block 1, where tokens are dropped
 
 
 @torch.no_grad()
@@ -346,13 +412,36 @@ def test_rejects_models_it_cannot_serve():
     mask[0, 3] = 0
     with pytest.raises(ValueError, match="attention masks are not served"):
         model.vit(inputs, attention_mask=mask)
-    with pytest.raises(TypeError, match=r"model must have one of \['ViTLayer', 'DeiTLayer', 'VideoMAELayer'\]"):
+    with pytest.raises(TypeError, match=r"model must have one of \['ViTLayer', .* 'VideoMAELayer'\], got Linear"):
         patch.transformers(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="model must have a list of blocks, got Linear with none"):
         patch.timm(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"attention dropout must be 0 .* got 0.1"):
         patch.transformers(_vit(attention_probs_dropout_prob=0.1)[0])
+    for task, make in (("ForMaskedImageModeling", _vit), ("ForPreTraining", _videomae)):
+        with pytest.raises(
+            ValueError, match=f"dropped must be 'restore' for .*{task}, whose decoder wants every token"
+        ):
+            patch.transformers(make(task)[0])
     holder = nn.Module()
     holder.blocks = nn.Sequential(nn.Identity(), nn.Identity())
     with pytest.raises(ValueError, match=r"blocks must be of \['Block'\], got Identity"):
         patch.timm(holder)
+
+
+def test_rejects_timm_models_it_cannot_serve():
+    message = "attention must be plain Attention, got DiffAttention"
+    with pytest.raises(ValueError, match=message):
+        patch.timm(_timm(attn_layer="diff")[0])
+    import timm
+
+    for name, message in {
+        "samvit_base_patch16": "blocks must take tokens .* got one that attends in windows",
+        "beit_base_patch16_224": "Block must have 'ls1', got one without",
+        "eva02_tiny_patch14_224": r"blocks must be of \['Block'\], got EvaBlock",
+        "swin_tiny_patch4_window7_224": "must have a list of blocks, got SwinTransformer with none",
+    }.items():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        with pytest.raises((ValueError, TypeError), match=message):
+            patch.timm(model)
