@@ -50,7 +50,7 @@ def check_boxes(
     parts = [part.detach().to(dtype) for part in parts]
     shapes = [list(part.shape) for part in parts]
 
-    if parts is not boxes and isinstance(boxes, (list, tuple)):
+    if isinstance(boxes, (list, tuple)):
         if len(parts) != B or any(part.ndim != 2 or part.shape[1] != 4 for part in parts):
             _check.fail(op, "boxes", f"{forms} with B = {B}", f"a list of {shapes}")
         if B == 0:
@@ -196,8 +196,7 @@ def bins_reference(
 
 def _two_products(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[B, T, Gh, Gw, C] x [B, n, T or 1, oh, Gh] x [B, n, T or 1, ow, Gw] -> [B*n, oh, T, ow, C]."""
-    device = features.device.type
-    autocast = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():  # weights are never rounded to half
+    device = features.device.type  # "meta" has no autocast
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # weights never become half
         with_rows = torch.einsum("bntyh,bthwc->bnytwc", rows, features)
         return torch.matmul(columns[:, :, None], with_rows).flatten(0, 1)
