@@ -1,6 +1,7 @@
 """Options and fixtures of the whole test suite.
 
 pytest                                  tests/
+pytest -n 2                             two at a time, as many as there are cores; a timing may fail that passes alone
 pytest -m slow                          the tests that take minutes; plain pytest skips them and says so
 pytest --benchmark                      benchmarks/, into benchmarks/results/ and the README's tables
 pytest --benchmark --benchmark-smoke    every benchmark once, nothing written
@@ -75,6 +76,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
+    for report in (report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])):
+        for name, value in report.user_properties:
+            if name == "table":
+                terminalreporter.write_line(f"\n{report.nodeid}\n{value}")
     skips = terminalreporter.stats.get("skipped", [])
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skips)
     terminalreporter.write_line(f"{len(skips)} skipped" + (":" if skips else ""))

@@ -57,7 +57,7 @@ def readable(names):
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc not found: CUDA kernels are not compiled")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_compiles_without_spills(source, tmp_path, capsys):
+def test_compiles_without_spills(source, tmp_path, record_property):
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     targets = [architecture for architecture in ARCHITECTURES if f"sm_{architecture}" in known]
     assert targets, known
@@ -74,15 +74,14 @@ def test_compiles_without_spills(source, tmp_path, capsys):
     assert all(kernel["registers"] for kernel in kernels), run.stderr
     for name, kernel in zip(readable([kernel["name"] for kernel in kernels]), kernels, strict=True):
         kernel |= {"name": name, "spills": kernel["stores"] + kernel["loads"], "matrix": ""}
-    with capsys.disabled():
-        print(table(kernels))
+    record_property("table", table(kernels))
     assert_no_spills(kernels)
 
 
 def table(kernels):
-    """A line a kernel and architecture."""
+    """A line a kernel and architecture; conftest.py prints it at the end, whichever process made it."""
     width = max(len(kernel["name"]) for kernel in kernels)
-    lines = [f"\n{'kernel':<{width}}  sm   registers  shared  stack  spills  matrix unit"]
+    lines = [f"{'kernel':<{width}}  sm   registers  shared  stack  spills  matrix unit"]
     for k in sorted(kernels, key=lambda k: (k["name"], k["architecture"])):
         numbers = f"{k['registers']:9}  {k['shared']:6}  {k['stack']:5}  {k['spills']:6}  {k['matrix']}"
         lines.append(f"{k['name']:<{width}}  {k['architecture']:<3}  {numbers}".rstrip())
@@ -106,8 +105,8 @@ def assert_no_spills(kernels, allowed=None):
     "architecture", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("module", TRITON)
-def test_triton_compiles_without_spills(module, architecture, capsys):
-    kernels = compile_triton(module, architecture, "shipped", capsys)
+def test_triton_compiles_without_spills(module, architecture, record_property):
+    kernels = compile_triton(module, architecture, "shipped", record_property)
     written = re.findall(r"^def (\w+_kernel)\(", (TESTS.parent / "evad_kernels" / f"{module}.py").read_text(), re.M)
     assert set(written) <= {k["name"].partition("[")[0] for k in kernels}  # nothing runs that was not compiled here
 
@@ -115,11 +114,11 @@ def test_triton_compiles_without_spills(module, architecture, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_attention_of_any_type_and_width_compiles_without_spills(architecture, capsys):
-    compile_triton("keyframe_attention_triton", architecture, "shipped_rest", capsys)
+def test_attention_of_any_type_and_width_compiles_without_spills(architecture, record_property):
+    compile_triton("keyframe_attention_triton", architecture, "shipped_rest", record_property)
 
 
-def compile_triton(module, architecture, function, capsys):
+def compile_triton(module, architecture, function, record_property):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, str(TESTS / "compile_triton.py"), module, str(architecture), function],
@@ -130,8 +129,7 @@ def compile_triton(module, architecture, function, capsys):
     assert run.returncode == 0, run.stderr
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     assert kernels
-    with capsys.disabled():
-        print(table(kernels))
+    record_property("table", table(kernels))
     major, minor = (int(part) for part in version("triton").split(".")[:2])
     assert_no_spills(kernels, SPILLS_OF_OLD_TRITON if (major, minor) < (3, 9) else None)
     if module == "keyframe_attention_triton" and architecture == 90 and function == "shipped":
