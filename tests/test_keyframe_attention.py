@@ -350,11 +350,15 @@ print(status("VmHWM") - before - sum(x.untyped_storage().nbytes() for x in resul
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_peak_memory(dtype, size, direction):
-    """Beside inputs and results, of the map [12, 1568, 1568]: never all of it, in the backward neither."""
+    """Beside inputs and results, at most 5 % of the map [12, 1568, 1568]; backward, of the map and its gradient."""
     if _backend.native is None:
         pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
-    run = subprocess.run([sys.executable, "-c", MEMORY, dtype, direction], capture_output=True, text=True, check=True)
-    assert int(run.stdout) <= 0.05 * size * 12 * 1568**2
+    # What is freed goes back at once: otherwise a call may find its memory in the heap, and need none.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEMORY, dtype, direction]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    maps = 1 if direction == "forward" else 2
+    assert 0 < int(run.stdout) <= 0.05 * maps * size * 12 * 1568**2
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
