@@ -126,15 +126,16 @@ def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, samples: int |
         length = length.clamp(min=1)
     width = (length / bins)[..., None, None]
     bin_index = torch.arange(bins, device=low.device)[:, None]
-    count = samples
+    count = taken = samples
     if samples is None:
-        count = width.ceil().nan_to_num(1, 1, 1).clamp(min=1)
+        taken = width.ceil().nan_to_num(1, 1, 1)  # none where a side has no length, as in torchvision
+        count = taken.clamp(min=1)
         samples = int(count.max()) if count.numel() else 1
         if samples > MOST_SAMPLES:
             _check.fail("roi_align", "boxes", f"at most {MOST_SAMPLES} cells a bin and side to be adaptive", samples)
     sample = torch.arange(samples, device=low.device)
     at = low[..., None, None] + bin_index * width + (sample + 0.5) * width / count  # [..., bins, samples]
-    inside = (at >= -1) & (at <= size) & (sample < count)
+    inside = (at >= -1) & (at <= size) & (sample < taken)
     cell = torch.arange(size, device=low.device)
     tent = (1 - (at.clamp(0, size - 1)[..., None] - cell).abs()).clamp(min=0)  # [..., bins, samples, size]
     return torch.where(inside[..., None], tent, 0).sum(-2) / count

@@ -4,7 +4,8 @@
     from evad_kernels.ops_compat import roi_align
 
 The same results for the same arguments, but deterministic forward and backward, all CPU threads, and float16 and
-bfloat16 on every device with sums in float32. Source: K. He et al., Mask R-CNN (ICCV 2017).
+bfloat16 on every device with sums in float32. torch.fx traces it as one call; torch.jit.script and quantised tensors
+are not served. Source: K. He et al., Mask R-CNN (ICCV 2017).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from . import _boxes, _check
@@ -64,6 +66,9 @@ def roi_align(
         aligned=aligned,
     )  # [R, height, 1, width, C]
     return bins[:, :, 0].permute(0, 3, 1, 2).to(input.dtype)
+
+
+torch.fx.wrap("roi_align")
 
 
 class RoIAlign(nn.Module):

@@ -1,5 +1,6 @@
 """torchvision's RoIAlign: against its definition, sample by sample, and against itself where it imports."""
 
+import inspect
 import math
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 from evad_kernels import ops_compat
 from evad_kernels.ops_compat import RoIAlign, roi_align
 
-BOXES = [  # batch, x1, y1, x2, y2: inside, over the edge, outside, less than a cell, one side reversed
+BOXES = [  # batch, x1, y1, x2, y2: inside, over the edge, outside, less than a cell, more than the map, a line
     [0, 1.0, 2.0, 9.0, 11.5],
     [1, -3.0, -2.0, 6.0, 5.0],
     [0, 30.0, 30.0, 40.0, 44.0],
     [1, 4.2, 4.2, 4.6, 4.9],
     [0, 0.0, 0.0, 22.0, 18.0],
+    [1, 2.0, 3.0, 9.0, 3.0],
 ]
+TORCHVISIONS_BOXES = [[0, 0, 0, 9, 9], [0, 0, 5, 4, 9], [0, 5, 5, 9, 9], [1, 0, 0, 9, 9]]  # of its test_ops.py
 CASES = {
     "two samples": {"sampling_ratio": 2},
     "two samples, aligned": {"sampling_ratio": 2, "aligned": True},
@@ -25,16 +28,25 @@ CASES = {
 }
 
 
-def bilinear(plane, y, x):
-    H, W = plane.shape
+def torchvision_ops():
+    try:
+        from torchvision import ops
+    except (ImportError, RuntimeError) as error:  # one built for another torch raises RuntimeError
+        pytest.skip(f"torchvision does not import: {type(error).__name__}")
+    return ops
+
+
+def bilinear(image, y, x):
+    """All channels of an image [C, H, W] between cells."""
+    _, H, W = image.shape
     if not (-1 <= y <= H and -1 <= x <= W):
-        return 0.0
+        return torch.zeros(len(image), dtype=image.dtype)
     y, x = min(max(y, 0.0), H - 1.0), min(max(x, 0.0), W - 1.0)
     top, left = min(int(y), max(H - 2, 0)), min(int(x), max(W - 2, 0))
     bottom, right = min(top + 1, H - 1), min(left + 1, W - 1)
     dy, dx = y - top, x - left
-    upper = (1 - dx) * plane[top, left] + dx * plane[top, right]
-    return float((1 - dy) * upper + dy * ((1 - dx) * plane[bottom, left] + dx * plane[bottom, right]))
+    upper = (1 - dx) * image[:, top, left] + dx * image[:, top, right]
+    return (1 - dy) * upper + dy * ((1 - dx) * image[:, bottom, left] + dx * image[:, bottom, right])
 
 
 def expected(features, boxes, size, spatial_scale=1.0, sampling_ratio=-1, aligned=False):
@@ -45,21 +57,22 @@ def expected(features, boxes, size, spatial_scale=1.0, sampling_ratio=-1, aligne
     for r, (b, *corners) in enumerate(boxes):
         x1, y1, x2, y2 = (corner * spatial_scale - shift for corner in corners)
         width, height = (x2 - x1, y2 - y1) if aligned else (max(x2 - x1, 1.0), max(y2 - y1, 1.0))
-        rows = sampling_ratio if sampling_ratio > 0 else max(math.ceil(height / oh), 1)
-        columns = sampling_ratio if sampling_ratio > 0 else max(math.ceil(width / ow), 1)
-        for c, plane in enumerate(features[int(b)].double()):
-            for p in range(oh):
-                for q in range(ow):
-                    samples = [
-                        bilinear(
-                            plane,
-                            y1 + (p + (i + 0.5) / rows) * height / oh,
-                            x1 + (q + (j + 0.5) / columns) * width / ow,
-                        )
-                        for i in range(rows)
-                        for j in range(columns)
-                    ]
-                    result[r, c, p, q] = sum(samples) / len(samples)
+        rows = sampling_ratio if sampling_ratio > 0 else math.ceil(height / oh)
+        columns = sampling_ratio if sampling_ratio > 0 else math.ceil(width / ow)
+        image = features[int(b)].double()
+        for p in range(oh):
+            for q in range(ow):
+                samples = [
+                    bilinear(
+                        image,
+                        y1 + (p + (i + 0.5) / rows) * height / oh,
+                        x1 + (q + (j + 0.5) / columns) * width / ow,
+                    )
+                    for i in range(rows)
+                    for j in range(columns)
+                ]
+                if samples:
+                    result[r, :, p, q] = torch.stack(samples).mean(0)
     return result
 
 
@@ -74,25 +87,99 @@ def test_matches_definition(case):
             features, torch.tensor(BOXES)), actual)  # fmt: skip
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-5), (torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 4e-3)],
+)
+def test_forward_as_torchvision_tests_it(aligned, contiguous, dtype, tolerance):
+    """Its shapes, boxes and tolerances, boxes in the features' type; and bfloat16, which it has not on a CPU."""
+    features = torch.rand(2, 50, 10, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    features = features if contiguous else features.permute(0, 1, 3, 2)
+    actual = RoIAlign((5, 5), 1, -1, aligned)(features, torch.tensor(TORCHVISIONS_BOXES, dtype=dtype))
+    want = expected(features, TORCHVISIONS_BOXES, (5, 5), aligned=aligned)
+    torch.testing.assert_close(actual, want.to(dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_backward_as_torchvision_tests_it(contiguous):
+    features = torch.rand(1, 8, 5, 5, dtype=torch.float64, requires_grad=True)
+    features = features if contiguous else features.permute(0, 1, 3, 2)
+    boxes = torch.tensor([[0, 0, 0, 4, 4], [0, 0, 2, 3, 4], [0, 2, 2, 4, 4]], dtype=torch.float64)
+    align = RoIAlign((2, 2), spatial_scale=1, sampling_ratio=1)
+    assert torch.autograd.gradcheck(lambda x: align(x, boxes), (features,), atol=1e-5)
+
+
+def test_is_one_call_in_a_traced_module():
+    traced = torch.fx.symbolic_trace(RoIAlign((5, 5), 1, -1))
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "placeholder", "call_function", "output"]
+    features, boxes = torch.rand(2, 3, 5, 5), torch.tensor(TORCHVISIONS_BOXES, dtype=torch.float32)
+    assert torch.equal(traced(features, boxes), roi_align(features, boxes, (5, 5)))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_matches_torchvision(case, contiguous):
-    try:
-        from torchvision.ops import roi_align as theirs
-    except (ImportError, RuntimeError) as error:  # one built for another torch raises RuntimeError
-        pytest.skip(f"torchvision does not import: {type(error).__name__}")
-    features = torch.randn(2, 5, 12, 15, dtype=torch.float64)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
+def test_matches_torchvision(case, contiguous, dtype, tolerance):
+    theirs = torchvision_ops().roi_align
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 5, 12, 15, generator=generator).to(dtype)
     features = features if contiguous else features.permute(0, 1, 3, 2)
-    grads = []
-    for function in (roi_align, theirs):
-        leaf = features.clone().requires_grad_()
-        for boxes in (torch.tensor(BOXES), [torch.tensor(BOXES)[:2, 1:], torch.tensor(BOXES)[2:, 1:]]):
-            boxes = boxes.double() if isinstance(boxes, torch.Tensor) else [part.double() for part in boxes]
-            result = function(leaf, boxes, (3, 4), **CASES[case])
+    many = torch.randint(0, 10, (1000, 5), generator=generator)  # as torchvision draws them
+    many[:, 0] %= 2
+    many[:, 3:] += many[:, 1:3]  # some are lines or points
+    boxes = torch.cat([torch.tensor(BOXES), torch.tensor(TORCHVISIONS_BOXES), many]).to(dtype)
+    for form in (boxes, [boxes[boxes[:, 0] == b, 1:] for b in range(2)]):
+        results = []
+        for function in (roi_align, theirs):
+            leaf = features.clone().requires_grad_()
+            result = function(leaf, form, (3, 4), **CASES[case])
             result.square().sum().backward()
-            grads.append((result.detach(), leaf.grad.clone()))
-    for ours, want in zip(grads[:2], grads[2:], strict=True):
-        torch.testing.assert_close(ours, want)
+            results.append((result.detach(), leaf.grad))
+        (ours, grad), (want, want_grad) = results
+        torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(grad, want_grad, rtol=tolerance, atol=tolerance * want_grad.abs().max().item())
+
+
+def test_signatures_are_torchvisions():
+    theirs = torchvision_ops()
+    for name, ours in (("roi_align", roi_align), ("RoIAlign", RoIAlign)):
+        parameters, want = (inspect.signature(x).parameters.values() for x in (ours, getattr(theirs, name)))
+        assert [(p.name, p.default) for p in parameters] == [(p.name, p.default) for p in want]
+
+
+def test_moves_a_detector_of_torchvision_over(monkeypatch):
+    torchvision_ops()
+    from torchvision.models import detection
+    from torchvision.ops import poolers
+
+    torch.manual_seed(0)
+    build = detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    model = build(weights=None, weights_backbone=None, num_classes=5, box_score_thresh=0.0).eval()
+    images = [torch.rand(3, 64, 96), torch.rand(3, 80, 80)]
+    with torch.no_grad():
+        want = model(images)
+        monkeypatch.setattr(poolers, "roi_align", roi_align)
+        actual = model(images)
+    assert all(len(detections["boxes"]) > 10 for detections in want)
+    torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling_ratio", [2, -1])
+def test_the_same_bits_in_every_run(sampling_ratio):
+    boxes = torch.tensor(BOXES).repeat(20, 1)
+    upstream, threads, runs = torch.randn(120, 16, 3, 3), torch.get_num_threads(), []
+    features = torch.randn(2, 16, 24, 30)
+    try:
+        for number in (1, 2, 2, 3):
+            torch.set_num_threads(number)
+            leaf = features.clone().requires_grad_()
+            result = roi_align(leaf, boxes, 3, sampling_ratio=sampling_ratio)
+            runs.append((result.detach(), *torch.autograd.grad(result, leaf, upstream)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.parametrize("sampling_ratio", [2, -1])
