@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,13 +148,7 @@ def measure(function: Callable[[], object], *, device: torch.device | str = "cpu
         before = torch.cuda.memory_allocated(device)
     else:
         before = _resident(reset_peak=True)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        if cuda:
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
+    seconds = [_seconds(function, device) for _ in range(repeats)]
     if cuda:
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
@@ -164,6 +158,27 @@ def measure(function: Callable[[], object], *, device: torch.device | str = "cpu
     return Measurement(
         statistics.median(seconds), ordered[round(0.2 * (repeats - 1))], ordered[round(0.8 * (repeats - 1))], peak
     )
+
+
+def measure_in_turns(
+    functions: Mapping[Hashable, Callable[[], object]], *, device: torch.device | str = "cpu", rounds: int = 5
+) -> dict[Hashable, float]:
+    """Median seconds of each function after a warm-up call. All run once a round, so a busy machine is busy for all."""
+    for function in functions.values():
+        function()
+    taken = [{name: _seconds(function, device) for name, function in functions.items()} for _ in range(rounds)]
+    return {name: statistics.median(seconds[name] for seconds in taken) for name in functions}
+
+
+def _seconds(function: Callable[[], object], device: torch.device | str) -> float:
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 # Training. A step's modules run in the order of PARTS, and its backward in the opposite one: autograd takes the newest

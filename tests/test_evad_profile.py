@@ -1,10 +1,12 @@
 """The cost of a detector: the paper's Tables 2, 3, 4 and 6, by counting."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from evad import EVAD, EVADConfig
-from evad.profile import PARTS, TRAINED, measure, profile, profile_training
+from evad.profile import PARTS, TRAINED, measure, measure_in_turns, profile, profile_training
 
 # GFLOPs in the paper, and more exactly by its convention.
 PAPER = {
@@ -63,6 +65,12 @@ def test_measure():
     result = measure(lambda: torch.ones(block // 4).sum(), repeats=3)
     assert 0 < result.seconds_p20 <= result.seconds <= result.seconds_p80
     assert result.peak_bytes is None or 0.5 * block < result.peak_bytes < 4 * block
+
+
+def test_measures_in_turns():
+    calls = []
+    seconds = measure_in_turns({name: partial(calls.append, name) for name in "ab"}, rounds=3)
+    assert calls == ["a", "b"] * 4 and set(seconds) == {"a", "b"} and min(seconds.values()) > 0
 
 
 def training_cost(rate, recompute=False, seed=0):

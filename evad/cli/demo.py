@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,26 +93,30 @@ def _render(scene: Scene, path: Path) -> int:
 
 def _cost(built: Built, pruning: draw.Pruning) -> list[dict]:
     """Operations, and seconds on the kernels and on the reference, without and with pruning."""
-    from ..profile import measure, profile
+    from ..profile import measure_in_turns, profile
 
     config, rate = built.config, built.config.keep_rate
     height, width = pruning.frames[0].shape[:2]
     clip = torch.randn(1, 3, config.num_frames, height, width, device=built.device, dtype=built.dtype)
-    rows = []
-    for keep_rate in dict.fromkeys((1.0, rate)):
+
+    def inference(keep_rate: float, backend: str) -> None:
         built.model.set_keep_rate(keep_rate)
-        row = {
-            "keep_rate": keep_rate,
-            "gflops": profile(config, (height, width), keep_rate).gflops,
-            "gflops_vit_b": profile(EVADConfig.vit_b(), keep_rate=keep_rate).gflops,
-        }
-        for name, backend, repeats in (("kernels", "auto", 5), ("reference", "reference", 2)):
-            with torch.inference_mode(), evad_kernels.use_backend(backend):
-                taken = measure(lambda: built.model(clip), device=built.device, repeats=repeats)
-            row[f"seconds_{name}"] = taken.seconds
-        rows.append(row)
+        with torch.inference_mode(), evad_kernels.use_backend(backend):
+            built.model(clip)
+
+    rates, backends = tuple(dict.fromkeys((1.0, rate))), {"kernels": "auto", "reference": "reference"}
+    calls = {(r, name): partial(inference, r, backend) for r in rates for name, backend in backends.items()}
+    seconds = measure_in_turns(calls, device=built.device, rounds=3)
     built.model.set_keep_rate(rate)
-    return rows
+    return [
+        {
+            "keep_rate": r,
+            "gflops": profile(config, (height, width), r).gflops,
+            "gflops_vit_b": profile(EVADConfig.vit_b(), keep_rate=r).gflops,
+            **{f"seconds_{name}": seconds[r, name] for name in backends},
+        }
+        for r in rates
+    ]
 
 
 def _print(document: dict, built: Built, found: Result) -> None:
