@@ -216,56 +216,73 @@ def fade(image: np.ndarray, kept: np.ndarray, patch: int) -> np.ndarray:
     return np.where(inside, image, image * (1 - FADE) + DROPPED * FADE).astype(np.uint8)
 
 
-def _heads(draw: ImageDraw.ImageDraw, pruning: Pruning, left: Sequence[int], tile_width: int, y: int) -> None:
-    """Over each column when it is."""
-    for t, x in enumerate(left):
-        is_key = t == pruning.keyframe
-        name = "keyframe" if is_key else f"{pruning.times[t * pruning.tubelet]:+.2f} s".replace("-", "−")
-        draw.text((x + tile_width / 2, y), name, font=font(15, is_key), fill=ACCENT if is_key else FAINT, anchor="mm")
+class _Sheet:
+    """A figure of a clip: time slices across, rows down, the keyframe's column outlined."""
+
+    MARGIN, GAP, LABELS, HEAD = 28, 10, 214, 128
+
+    def __init__(self, pruning: Pruning, rows: int, row_height: int, foot: int, title: str, subtitle: str) -> None:
+        T = pruning.grid[0]
+        height, width = pruning.frames[0].shape[:2]
+        self.pruning, self.rows = pruning, rows
+        self.tile_width = max(120, min(260, 1500 // T))
+        self.tile_height = round(self.tile_width * height / width)
+        self.row_height = max(self.tile_height + 30, row_height)
+        self.left = [self.MARGIN + self.LABELS + t * (self.tile_width + self.GAP) for t in range(T)]
+        size = self.left[-1] + self.tile_width + self.MARGIN, self.HEAD + rows * self.row_height + foot
+        self.legend = self.MARGIN, size[1] - foot + 22  # where one has its place
+        self.image = Image.new("RGB", size, PAPER)
+        self.draw = ImageDraw.Draw(self.image)
+        for y, text, face, ink in ((22, title, font(26, True), INK), (58, subtitle, font(16), FAINT)):
+            self.draw.text((self.MARGIN, y), shorten(text, face, size[0] - 2 * self.MARGIN), font=face, fill=ink)
+        for t, x in enumerate(self.left):
+            is_key = t == pruning.keyframe
+            name = "keyframe" if is_key else f"{pruning.times[t * pruning.tubelet]:+.2f} s".replace("-", "−")
+            place, face = (x + self.tile_width / 2, self.HEAD - 14), font(15, is_key)
+            self.draw.text(place, name, font=face, fill=ACCENT if is_key else FAINT, anchor="mm")
+
+    def top(self, row: int) -> int:
+        return self.HEAD + row * self.row_height
+
+    def label(self, row: int, lines: Sequence[str], colour=None) -> None:
+        """What stands left of a row, its first line large; ``colour``: of a bar before it."""
+        top, x = self.top(row), self.MARGIN if colour is None else self.MARGIN + 16
+        if colour is not None:
+            self.draw.rectangle((self.MARGIN, top, self.MARGIN + 6, top + self.tile_height), fill=colour)
+        for index, text in enumerate(lines):
+            y = top + self.tile_height / 2 + (index - (len(lines) - 1) / 2) * 23
+            face = font(19 if index == 0 else 15, index == 0)
+            reach = self.MARGIN + self.LABELS - 8 - x
+            self.draw.text((x, y), shorten(text, face, reach), font=face, fill=INK, anchor="lm")
+
+    def tile(self, row: int, t: int, image: np.ndarray, note: str = "") -> None:
+        top, size = self.top(row), (self.tile_width, self.tile_height)
+        self.image.paste(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS), (self.left[t], top))
+        place = (self.left[t] + self.tile_width / 2, top + self.tile_height + 11)
+        self.draw.text(place, note, font=font(12), fill=FAINT, anchor="mm")
+
+    def outline_keyframe(self) -> None:
+        x = self.left[self.pruning.keyframe]
+        outline = (x - 5, self.HEAD - 3, x + self.tile_width + 4, self.top(self.rows) - 7)
+        self.draw.rounded_rectangle(outline, radius=6, outline=ACCENT, width=3)
 
 
 def pruning_figure(pruning: Pruning, title: str, subtitle: str = "") -> Image.Image:
     """Time slices across, the input and every pruning layer down; dropped tokens faded, the keyframe outlined."""
-    T = pruning.grid[0]
-    tile_width = max(120, min(260, 1500 // T))
-    height, width = pruning.frames[0].shape[:2]
-    tile_height = round(tile_width * height / width)
-    margin, gap, label_width, head, foot = 28, 10, 214, 128, 66
-    row_height = max(tile_height + 30, 84)
-    rows = 1 + len(pruning.layers)
-    size = margin * 2 + label_width + T * (tile_width + gap) - gap, head + rows * row_height + foot
-    figure = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(figure)
-    draw.text((margin, 22), shorten(title, font(26, True), size[0] - 2 * margin), font=font(26, True), fill=INK)
-    draw.text((margin, 58), shorten(subtitle, font(16), size[0] - 2 * margin), font=font(16), fill=FAINT)
-
-    left = [margin + label_width + t * (tile_width + gap) for t in range(T)]
-    _heads(draw, pruning, left, tile_width, head - 14)
-    for row in range(rows):
-        top = head + row * row_height
-        kept = None if row == 0 else pruning.kept(row - 1)
-        if row == 0:
-            lines = ["input", f"{pruning.total} tokens", f"{T} × {pruning.grid[1]} × {pruning.grid[2]}"]
-        else:
-            lines = [pruning.layers[row - 1][0], f"{kept.sum()} of {pruning.total}", f"tokens kept ({kept.mean():.0%})"]
-        for index, text in enumerate(lines):
-            y = top + tile_height / 2 + (index - (len(lines) - 1) / 2) * 23
-            draw.text((margin, y), text, font=font(19 if index == 0 else 15, index == 0), fill=INK, anchor="lm")
+    T, Gh, Gw = pruning.grid
+    sheet = _Sheet(pruning, 1 + len(pruning.layers), 84, 66, title, subtitle)
+    sheet.label(0, ["input", f"{pruning.total} tokens", f"{T} × {Gh} × {Gw}"])
+    for t in range(T):
+        sheet.tile(0, t, pruning.frames[t * pruning.tubelet])
+    for row, (name, _) in enumerate(pruning.layers, start=1):
+        kept = pruning.kept(row - 1)
+        sheet.label(row, [name, f"{kept.sum()} of {pruning.total}", f"tokens kept ({kept.mean():.0%})"])
         for t in range(T):
-            image = pruning.frames[t * pruning.tubelet]
-            if kept is not None:
-                image = fade(image, kept[t], pruning.patch)
-            tile = Image.fromarray(image).resize((tile_width, tile_height), Image.Resampling.LANCZOS)
-            figure.paste(tile, (left[t], top))
-            if kept is not None:
-                text = f"{kept[t].sum()} of {kept[t].size}"
-                place = (left[t] + tile_width / 2, top + tile_height + 11)
-                draw.text(place, text, font=font(12), fill=FAINT, anchor="mm")
-    x = left[pruning.keyframe]
-    outline = (x - 5, head - 3, x + tile_width + 4, head + rows * row_height - 7)
-    draw.rounded_rectangle(outline, radius=6, outline=ACCENT, width=3)
-    _legend(figure, margin, size[1] - foot + 22, pruning)
-    return figure
+            image = fade(pruning.frames[t * pruning.tubelet], kept[t], pruning.patch)
+            sheet.tile(row, t, image, f"{kept[t].sum()} of {kept[t].size}")
+    sheet.outline_keyframe()
+    _legend(sheet.image, *sheet.legend, pruning)
+    return sheet.image
 
 
 def _legend(figure: Image.Image, x: int, y: int, pruning: Pruning) -> None:
@@ -376,58 +393,35 @@ def attention_figure(
     Colours are of one scale for an actor's whole row, by the root of the attention: a trained model's is concentrated
     on few tokens, beside which the others would all be dark. At most ``most`` actors are drawn, the first ones.
     """
-    T = pruning.grid[0]
-    tile_width = max(120, min(260, 1500 // T))
-    height, width = pruning.frames[0].shape[:2]
-    tile_height = round(tile_width * height / width)
-    margin, gap, label_width, head, foot = 28, 10, 214, 128, 76
-    row_height = max(tile_height + 30, 118)
     actors = actors[:most]
-    size = margin * 2 + label_width + T * (tile_width + gap) - gap, head + (1 + len(actors)) * row_height + foot
-    figure = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(figure)
-    draw.text((margin, 22), shorten(title, font(26, True), size[0] - 2 * margin), font=font(26, True), fill=INK)
-    draw.text((margin, 58), shorten(subtitle, font(16), size[0] - 2 * margin), font=font(16), fill=FAINT)
-    left = [margin + label_width + t * (tile_width + gap) for t in range(T)]
-    _heads(draw, pruning, left, tile_width, head - 14)
     kept = pruning.kept(-1) if pruning.layers else np.ones(pruning.grid, bool)
+    sheet = _Sheet(pruning, 1 + len(actors), 118, 76, title, subtitle)
 
-    for row, actor in enumerate([None, *actors]):
-        top = head + row * row_height
-        colour = COLOURS[(row - 1) % len(COLOURS)]
-        lines = ["input", f"{kept.sum()} of {kept.size}", "tokens get this far"]
-        if actor is not None:
-            peak = max(float(actor.attention.max()), 1e-12)
-            best = [f"{brief(name)} {score:.2f}" for name, score in actor.label.actions[:2]]
-            lines = [f"person {actor.label.score:.2f}", *best, f"brightest token: {peak:.1%}"]
-        for index, text in enumerate(lines):
-            y = top + tile_height / 2 + (index - (len(lines) - 1) / 2) * 23
-            face = font(19 if index == 0 else 15, index == 0)
-            draw.text((margin + 16, y), shorten(text, face, label_width - 24), font=face, fill=INK, anchor="lm")
-        if actor is not None:
-            draw.rectangle((margin, top, margin + 6, top + tile_height), fill=colour)
-        for t in range(T):
-            image = pruning.frames[t * pruning.tubelet]
-            if actor is not None:
-                image = attention_tile(image, kept[t], np.sqrt(actor.attention[t] / peak), pruning.patch)
-            tile = Image.fromarray(image).resize((tile_width, tile_height), Image.Resampling.LANCZOS)
-            figure.paste(tile, (left[t], top))
-            if t == pruning.keyframe:
-                for index, other in enumerate(actors):
-                    if actor is None or other is actor:
-                        box = _pixels(other.label.box, tile_width, tile_height, 3)
-                        place = tuple(c + o for c, o in zip(box, (left[t], top) * 2, strict=True))
-                        draw.rectangle(place, outline=PANEL, width=5)
-                        draw.rectangle(place, outline=COLOURS[index % len(COLOURS)], width=3)
-            if actor is not None:
-                text = f"{actor.attention[t].sum():.0%} of its attention"
-                place = (left[t] + tile_width / 2, top + tile_height + 11)
-                draw.text(place, text, font=font(12), fill=FAINT, anchor="mm")
-    x = left[pruning.keyframe]
-    outline = (x - 5, head - 3, x + tile_width + 4, head + (1 + len(actors)) * row_height - 7)
-    draw.rounded_rectangle(outline, radius=6, outline=ACCENT, width=3)
-    _attention_legend(figure, margin, size[1] - foot + 22)
-    return figure
+    def outline(row: int, drawn: Sequence[int]) -> None:
+        for index in drawn:
+            box = _pixels(actors[index].label.box, sheet.tile_width, sheet.tile_height, 3)
+            corner = sheet.left[pruning.keyframe], sheet.top(row)
+            place = tuple(c + o for c, o in zip(box, corner * 2, strict=True))
+            sheet.draw.rectangle(place, outline=PANEL, width=5)
+            sheet.draw.rectangle(place, outline=COLOURS[index % len(COLOURS)], width=3)
+
+    sheet.label(0, ["input", f"{kept.sum()} of {kept.size}", "tokens get this far"])
+    for t in range(pruning.grid[0]):
+        sheet.tile(0, t, pruning.frames[t * pruning.tubelet])
+    outline(0, range(len(actors)))
+    for index, actor in enumerate(actors):
+        row, peak = index + 1, max(float(actor.attention.max()), 1e-12)
+        best = [f"{brief(name)} {score:.2f}" for name, score in actor.label.actions[:2]]
+        lines = [f"person {actor.label.score:.2f}", *best, f"brightest token: {peak:.1%}"]
+        sheet.label(row, lines, COLOURS[index % len(COLOURS)])
+        for t in range(pruning.grid[0]):
+            image, share = pruning.frames[t * pruning.tubelet], np.sqrt(actor.attention[t] / peak)
+            image = attention_tile(image, kept[t], share, pruning.patch)
+            sheet.tile(row, t, image, f"{actor.attention[t].sum():.0%} of its attention")
+        outline(row, [index])
+    sheet.outline_keyframe()
+    _attention_legend(sheet.image, *sheet.legend)
+    return sheet.image
 
 
 def _attention_legend(figure: Image.Image, x: int, y: int) -> None:
