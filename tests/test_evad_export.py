@@ -3,15 +3,20 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from evad import EVAD, EVADConfig
+from evad import EVAD, EVADConfig, load_checkpoint, read_config
 from evad.cli import main
+from evad.detector import EVADOutput, select_detections
 from evad.export import export_onnx, export_program, output_names
+from evad.video import Video, normalize, read_clip, resize
+from evad.weights import TINY
 
+BIKES = Path(__file__).parent / "media" / "bikes.mp4"
 SIZE = (48, 72)
 
 
@@ -37,21 +42,26 @@ def assert_same(actual, want):
             torch.testing.assert_close(result, expectation, rtol=1e-4, atol=5e-3 if name == "boxes" else 1e-4, msg=name)
 
 
+def outputs_elsewhere(folder, load, clips):
+    """Outputs of a program that the expression ``load`` loads in ``folder``, by a process without this package."""
+    torch.save(clips, folder / "clips.pt")
+    code = (
+        f"import sys, torch\nprogram = {load}\n"
+        "torch.save(program(torch.load('clips.pt')), 'outputs.pt')\n"
+        "assert 'evad' not in sys.modules and 'evad_kernels' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return torch.load(folder / "outputs.pt")
+
+
 def test_program_runs_in_a_process_without_this_package(tmp_path):
     model = build(0.7, depth=4, pruning_blocks=(1, 2), pyramid_blocks=(0, 1, 2, 3))
     torch.export.save(export_program(model.train(), SIZE), tmp_path / "evad.pt2")
     assert model.training
     clips = torch.randn(3, 3, 16, *SIZE)  # traced with 2
-    torch.save(clips, tmp_path / "clips.pt")
-    code = (
-        "import sys, torch\n"
-        "program = torch.export.load('evad.pt2').module()\n"
-        "torch.save(program(torch.load('clips.pt')), 'outputs.pt')\n"
-        "assert 'evad' not in sys.modules and 'evad_kernels' not in sys.modules\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert_same(torch.load(tmp_path / "outputs.pt"), expected(model.eval(), clips))
+    outputs = outputs_elsewhere(tmp_path, "torch.export.load('evad.pt2').module()", clips)
+    assert_same(outputs, expected(model.eval(), clips))
 
 
 @pytest.mark.slow
@@ -60,16 +70,8 @@ def test_aotinductor_package_runs_in_a_process_without_this_package(tmp_path):
     package = str(tmp_path / "evad.pt2")
     torch._inductor.aoti_compile_and_package(export_program(model, SIZE), package_path=package)
     clips = torch.randn(3, 3, 16, *SIZE)
-    torch.save(clips, tmp_path / "clips.pt")
-    code = (
-        "import sys, torch\n"
-        "program = torch._inductor.aoti_load_package('evad.pt2')\n"
-        "torch.save(program(torch.load('clips.pt')), 'outputs.pt')\n"
-        "assert 'evad' not in sys.modules and 'evad_kernels' not in sys.modules\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert_same(torch.load(tmp_path / "outputs.pt"), expected(model, clips))
+    outputs = outputs_elsewhere(tmp_path, "torch._inductor.aoti_load_package('evad.pt2')", clips)
+    assert_same(outputs, expected(model, clips))
 
 
 @pytest.mark.slow
@@ -85,6 +87,31 @@ def test_onnx_gives_the_same_boxes_and_scores(tmp_path, keep_rate):
         outputs = session.run(None, {"clips": clips.numpy()})
         assert all(isinstance(output, np.ndarray) for output in outputs)
         assert_same(outputs, expected(model, clips))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_rate", [0.7, 0.5])
+def test_onnx_finds_the_same_people_in_a_video(tmp_path, keep_rate):
+    """The shipped model on nine clips of a real video: every proposal, and what is detected."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model = EVAD(read_config(TINY)).eval()
+    load_checkpoint(model, TINY)
+    model.set_keep_rate(keep_rate)
+    with Video(BIKES) as video:
+        prepare = lambda frame: resize(frame.rgb(), model.config.short_side)  # noqa: E731
+        clips = [normalize(read_clip(video, float(t), prepare=prepare).samples) for t in range(1, 10)]
+    clips = torch.stack(clips)
+    size = tuple(clips.shape[-2:])
+    export_onnx(model, tmp_path / "evad.onnx", size)
+    session = onnxruntime.InferenceSession(tmp_path / "evad.onnx", providers=["CPUExecutionProvider"])
+    outputs = [torch.from_numpy(output) for output in session.run(None, {"clips": clips.numpy()})]
+    assert_same(outputs, expected(model, clips))
+    actual = select_detections(EVADOutput(*outputs[:3], tuple(outputs[3:])), [size] * len(clips), 0.3)
+    detected = model.detect(clips, threshold=0.3)
+    assert sum(len(found.boxes) for found in detected) > 0
+    for found, want in zip(actual, detected, strict=True):
+        for got, expectation in zip(found, want, strict=True):
+            torch.testing.assert_close(got, expectation, rtol=1e-4, atol=5e-3)
 
 
 def test_command_rejects_bad_input(tmp_path, capsys):

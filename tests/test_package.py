@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import textwrap
 import types
 from pathlib import Path
@@ -46,10 +45,10 @@ def run(*command, **options):
     return process.stdout
 
 
-def fresh_python(code, **environment):
+def fresh_python(code, python=sys.executable, **environment):
     """Runs ``code`` in a new interpreter that sees the checkout, and reads what it prints as JSON."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return json.loads(run(sys.executable, "-c", textwrap.dedent(code), env=environment, cwd=environment["PYTHONPATH"]))
+    return json.loads(run(python, "-c", textwrap.dedent(code), env=environment, cwd=environment["PYTHONPATH"]))
 
 
 @pytest.fixture
@@ -303,7 +302,7 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def probe(folder, backend):
+def probe(folder, backend, python=sys.executable):
     """Runs an op of the package installed in ``folder``, from elsewhere."""
     return fresh_python(
         f"""
@@ -313,6 +312,7 @@ def probe(folder, backend):
             dense = evad_kernels.scatter_tokens(torch.ones(1, 1, 1), position, grid=(1, 1, 2))
         print(json.dumps([evad_kernels.__file__, dense.flatten().tolist()]))
         """,
+        python,
         PYTHONPATH=str(folder),
         PYTHONWARNINGS="ignore",
     ) == [str(folder / "evad_kernels" / "__init__.py"), [0, 1]]
@@ -357,19 +357,33 @@ def test_builds_again_only_after_a_change(tmp_path):
     assert builds(CXXFLAGS="-g") == 3
 
 
-@pytest.mark.slow
-def test_wheel_passes_the_op_tests_elsewhere(checkout, tmp_path):
-    """In an environment that has this one's packages but neither the sources nor what is installed to be edited."""
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
     environment = {**os.environ, "CMAKE_ARGS": "-DEVAD_CUDA=OFF"}
-    run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", checkout, env=environment)
-    (wheel,), (_, *_) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
+    run(sys.executable, "-m", "build", "--outdir", folder, checkout, env=environment)
+    (wheel,), (_, *_) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     assert wheel.stat().st_size < 16e6
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    return wheel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interpreter", ["this", "other"])
+def test_wheel_passes_the_op_tests_elsewhere(wheel, interpreter, tmp_path):
+    """In an environment that has an interpreter's packages but neither the sources nor what is installed to be edited.
+
+    EVAD_KERNELS_OTHER_PYTHON names another interpreter of the same Python version, with another torch.
+    """
+    base = sys.executable if interpreter == "this" else os.environ.get("EVAD_KERNELS_OTHER_PYTHON")
+    if base is None:
+        pytest.skip("EVAD_KERNELS_OTHER_PYTHON names no interpreter with another torch")
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    run(base, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    Path(site, "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    site = run(python, "-c", where).strip()
+    Path(site, "packages.pth").write_text(run(base, "-c", where))
     run(python, "-m", "pip", "install", "--no-deps", wheel)
-    assert probe(Path(site), "cpu")
+    assert probe(Path(site), "cpu", python)
     (tmp_path / "tests").mkdir()
     for path in ("conftest.py", "pyproject.toml", *(f"tests/test_{stem}.py" for stem in OPS)):
         shutil.copy(ROOT / path, tmp_path / path)
