@@ -150,6 +150,18 @@ def agreements(rows: list[dict]) -> list[str]:
     ]
 
 
+def unavailable(rows: list[dict]) -> list[str]:
+    """Why a rival did not run, or what it published; a line an op, rival and reason."""
+    cases = {}
+    for row in rows:
+        for rival, reason in row["unavailable"].items():
+            cases.setdefault((row["op"], rival, reason), []).append(row["case"])
+    return [
+        f"{op}, {found[0] if len(found) == 1 else f'{len(found)} cases'}: {rival}: {reason}"
+        for (op, rival, reason), found in cases.items()
+    ]
+
+
 def table(rows: list[dict], columns: tuple[str, ...]) -> str:
     """Markdown, op by op."""
     lines = ["| op, case | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
@@ -189,6 +201,9 @@ def tables(results: list[dict], headlines: bool) -> str:
         parts.append(table([row for row in rows if row["headline"] or not headlines], columns))
         if not headlines and (lines := agreements(rows)):
             parts.append("Agreement with the unpatched model (random weights: no accuracy):")
+            parts.append("\n".join(f"* {line}" for line in lines))
+        if not headlines and (lines := unavailable(rows)):
+            parts.append("Rivals that did not run:")
             parts.append("\n".join(f"* {line}" for line in lines))
         parts.append(f"{outcome(rows)}\n\nCommit measured: {', '.join(commits)}.")
     return "\n\n".join(parts)

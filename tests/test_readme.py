@@ -1,6 +1,7 @@
 """The code of the README and of the guides runs, and the table of ops is the table of backends."""
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,19 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_code_runs(block):
+def test_code_runs_without_a_network(block, monkeypatch):
+    def refuse(self, address):
+        raise AssertionError(f"a guide must need no download, but this one connects to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
     exec(compile(BLOCKS[block], block, "exec"), {"__name__": "guide"})
 
 
 def test_guides_are_linked_and_their_links_exist():
     guides = sorted(ROOT.glob("docs/*.md"))
     assert guides and all(f"docs/{path.name}" in README for path in guides)
+    for path in guides:  # a title, and then whom it is for
+        assert re.match(r"# .+\n\nFor ", path.read_text()), path.name
     for path in (ROOT / "README.md", *guides):
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), (path.name, target)
