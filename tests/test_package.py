@@ -363,7 +363,8 @@ def wheel(checkout, tmp_path_factory):
     environment = {**os.environ, "CMAKE_ARGS": "-DEVAD_CUDA=OFF"}
     run(sys.executable, "-m", "build", "--outdir", folder, checkout, env=environment)
     (wheel,), (_, *_) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    assert wheel.stat().st_size < 16e6
+    stated = re.search(r"makes a wheel of ([\d.]+) MB", ROOT.joinpath("README.md").read_text())[1]
+    assert wheel.stat().st_size / 1e6 == pytest.approx(float(stated), rel=0.05)
     return wheel
 
 
