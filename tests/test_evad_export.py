@@ -78,7 +78,7 @@ def test_aotinductor_package_runs_in_a_process_without_this_package(tmp_path):
 @pytest.mark.parametrize("keep_rate", [1.0, 0.6])
 def test_onnx_gives_the_same_boxes_and_scores(tmp_path, keep_rate):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    model = build(keep_rate)
+    model = build(keep_rate, depth=4, pruning_blocks=(1, 2), pyramid_blocks=(0, 1, 2, 3))
     export_onnx(model, tmp_path / "evad.onnx", SIZE)
     session = onnxruntime.InferenceSession(tmp_path / "evad.onnx", providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == output_names(model)
