@@ -20,6 +20,7 @@ checkpoints remain what they are.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -179,8 +180,9 @@ def attention(
     For a block that one writes oneself: the residual follows by ``gather_tokens(x, index, num_keyframe=protected)``.
 
     Args:
-        module: Has ``qkv`` (a map from C to 3 * H * D), ``proj`` and ``num_heads``, and calls nothing else. Changed in
-            place: ``module(x)``, x [B, N, C], then returns ``PrunedRows``.
+        module: Has ``qkv`` (a map from C to 3 * H * D), ``proj`` and ``num_heads``, and computes nothing else: a copy
+            is tried on a few tokens, in training mode, so that a dropout shows. Changed in place: ``module(x)``, x
+            [B, N, C], then returns ``PrunedRows``.
         keep_rate: Share of the tokens that are kept, in (0, 1], protected ones included.
         protected: How many of the first tokens are never dropped.
         protected_weight: What a protected query counts in the importance, at least 0; other queries count 1.
@@ -197,6 +199,7 @@ def attention(
     _check_weight("attention", protected_weight)
     if not isinstance(protected, int) or isinstance(protected, bool) or protected < 0:
         raise ValueError(f"patch.attention: protected must be an integer, at least 0, got {protected!r}")
+    _try_attention(module)
     _become(module, _Attention, Pruning(keep_rate, protected, protected_weight, None, False, False, False))
     return module
 
@@ -276,8 +279,9 @@ class _Attention(_Patched):
     def forward(self, x: Tensor) -> PrunedRows:
         if self.pruning.protected > x.shape[1]:
             raise ValueError(f"patch: tokens must be at least protected = {self.pruning.protected}, got {x.shape[1]}")
-        pruned = self.attend(*_split_heads(self.qkv(x), self.num_heads), getattr(self, "scale", None))
-        return pruned._replace(rows=self.proj(pruned.rows))
+        heads = _split_heads(self.qkv(x), self.num_heads)
+        rows, index, importance = self.attend(*heads, getattr(self, "scale", None))
+        return PrunedRows(self.proj(rows), index, importance)
 
 
 class _Block(_Patched):
@@ -566,6 +570,24 @@ def _require_plain_attention(family, attention) -> None:
     for name in ("gate", "rel_pos", "relative_position_bias_table", "rope"):
         if getattr(attention, name, None) is not None:
             raise ValueError(f"patch.{family}: attention must be plain softmax(q k) v, got one with {name!r}")
+
+
+def _try_attention(module) -> None:
+    """What the patch computes is what the module computes, where nothing is pruned."""
+    width, parameter = getattr(module.qkv, "in_features", None), next(module.parameters(), None)
+    if type(module).forward is nn.Module.forward or width is None or parameter is None or parameter.is_meta:
+        return  # nothing to compare
+    twin = copy.deepcopy(module).train()
+    x = torch.randn(2, 16, width, generator=torch.Generator().manual_seed(0)).to(parameter)
+    with torch.no_grad(), torch.random.fork_rng():
+        want = twin(x)
+        _become(twin, _Attention, Pruning(1.0, 0, 1.0, None, False, False, False))
+        got = twin(x).rows
+    if not isinstance(want, Tensor) or want.shape != got.shape or (got - want).abs().max() > 0.02 * want.abs().max():
+        raise ValueError(
+            "patch.attention: module must compute proj(softmax(scale q k) v) of its qkv and nothing else, "
+            f"got {type(module).__name__}, whose results differ"
+        )
 
 
 def _check_rate(family, rate) -> None:

@@ -1,5 +1,6 @@
 """Patched vision transformers: real ones of transformers and, where it imports, timm, with random weights."""
 
+import contextlib
 import copy
 import math
 import pickle
@@ -228,6 +229,17 @@ def test_compiles_without_graph_break(family):
     torch.testing.assert_close(answer(torch.compile(model, fullgraph=True, backend="aot_eager"), inputs), want)
 
 
+@torch.no_grad()
+def test_exports_with_any_batch():
+    model, inputs, apply = build("vit")
+    apply(model, 0.6)
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (inputs,), dynamic_shapes={"pixel_values": {0: batch}}).module()
+    for B in (1, 3):
+        inputs = torch.randn(B, *inputs.shape[1:])
+        assert torch.equal(answer(program, inputs), answer(model, inputs))
+
+
 @pytest.mark.parametrize("family", ["vit", "timm"])
 def test_trains_with_checkpointed_activations(family):
     model, inputs, apply = build(family)
@@ -376,6 +388,48 @@ def test_attention_of_ones_own():
     assert torch.equal(patch.unpatch(module)(x), whole)
     with pytest.raises(ValueError, match="Linear must have 'qkv', got one without"):
         patch.attention(nn.Linear(3, 3))
+
+    torch.testing.assert_close(patch.attention(module, 1.0)(x).rows, whole)
+    patch.attention(patch.unpatch(module), 0.5, protected=2)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), (rows, index, importance))
+
+
+def test_rejects_attention_that_computes_more():
+    class Normed(OwnAttention):
+        def forward(self, x):
+            return super().forward(nn.functional.layer_norm(x, x.shape[-1:]))
+
+    class Dropping(OwnAttention):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+    class Telling(OwnAttention):
+        def forward(self, x):
+            return super().forward(x), None
+
+    for kind in (Normed, Dropping, Telling):
+        module = kind(24, 3).eval()
+        state = torch.get_rng_state()
+        with pytest.raises(ValueError, match=f"nothing else, got {kind.__name__}, whose results differ"):
+            patch.attention(module)
+        assert torch.equal(torch.get_rng_state(), state) and not module.training
+
+
+@torch.no_grad()
+def test_under_autocast_and_in_bfloat16():
+    for model, inputs, context in (
+        (*build("vit")[:2], torch.autocast("cpu", torch.bfloat16)),
+        (build("vit")[0].bfloat16(), build("vit")[1].bfloat16(), contextlib.nullcontext()),
+    ):
+        patch.transformers(model, 0.6)
+        results = []
+        for backend in ("auto", "reference"):
+            with use_backend(backend), context, patch.record(model) as kept:
+                results.append((answer(model, inputs), kept))
+        (actual, kept), (want, expected) = results
+        assert actual.dtype == torch.bfloat16 and torch.equal(kept[0], expected[0])
+        torch.testing.assert_close(actual, want, rtol=0.05, atol=0.05 * want.abs().max().item())
 
 
 @pytest.mark.parametrize(
