@@ -62,10 +62,11 @@ class Attention(nn.Module):
 
         Args:
             x: Normalised tokens, the keyframe's first, [B, N, C].
-            num_keyframe: Tokens of the keyframe, in [0, N].
+            num_keyframe: Tokens of the keyframe, in [0, N], and the class token before them, where there is one.
             num_select: Others to keep, in [0, N - num_keyframe].
             keyframe_weight: w_kf of Eq. 1: what the keyframe's queries count, at least 0.
-            pruning: Which others stay: "attention", those of most importance; "least", of least; "random".
+            pruning: Which others stay: "attention", those of most importance; "class", those that the first token, the
+                class token, attends to most; "least", those of least importance; "random".
         Returns:
             ``Pruned``: rows after the output projection, dtype of ``x``; ties go to the lower index.
         Raises:
@@ -79,7 +80,11 @@ class Attention(nn.Module):
             )
             return Pruned(self.proj(merge_heads(output)), index, importance)
         output, importance = evad_kernels.keyframe_attention(query, key, value, **options)
-        importance = -importance if pruning == "least" else torch.rand_like(importance)
+        if pruning == "class":
+            logits = query[:, :, :1].float() @ key.float().transpose(2, 3) * key.shape[3] ** -0.5  # [B, H, 1, N]
+            importance = logits.softmax(3)[:, :, 0, num_keyframe:].mean(1)
+        else:
+            importance = -importance if pruning == "least" else torch.rand_like(importance)
         index = evad_kernels.select_tokens(importance, num_select)
         rows = evad_kernels.gather_tokens(merge_heads(output), index, num_keyframe=num_keyframe)
         return Pruned(self.proj(rows), index, importance)
@@ -142,11 +147,12 @@ class PruningBlock(Block):
     def forward(self, tokens: Tokens, num_select: int, config: EVADConfig) -> Tokens:
         """Tokens after the block: the keyframe's and ``num_select`` others, chosen as ``config`` says."""
         x, position, num_keyframe = tokens
-        if num_select == x.shape[1] - num_keyframe:
+        if num_select == position.shape[1] - num_keyframe:
             return tokens._replace(x=super().forward(x))
+        first = num_keyframe + x.shape[1] - position.shape[1]  # rows that stay: a class token has no position
         rows, index, importance = self.attn.prune(
             self.norm1(x),
-            num_keyframe=num_keyframe,
+            num_keyframe=first,
             num_select=num_select,
             keyframe_weight=config.keyframe_weight,
             pruning=config.pruning,
@@ -154,8 +160,8 @@ class PruningBlock(Block):
         if config.token_order == "importance":
             order = descending(importance.gather(1, index))
             index = index.gather(1, order)
-            rows = evad_kernels.gather_tokens(rows, order, num_keyframe=num_keyframe)
-        x = evad_kernels.gather_tokens(x, index, num_keyframe=num_keyframe) + self.drop_path(rows)
+            rows = evad_kernels.gather_tokens(rows, order, num_keyframe=first)
+        x = evad_kernels.gather_tokens(x, index, num_keyframe=first) + self.drop_path(rows)
         position = evad_kernels.gather_tokens(position, index, num_keyframe=num_keyframe)
         return Tokens(x + self.drop_path(self.mlp(self.norm2(x))), position, num_keyframe)
 
@@ -178,6 +184,12 @@ class Encoded(NamedTuple):
         x, position, num_keyframe = self.tokens
         tokens = Tokens(x[number, None], position[number, None], num_keyframe)
         return Encoded(tokens, self.grid, *(tuple(t[number, None] for t in ts) for ts in (self.keyframes, self.kept)))
+
+
+def without_class_token(tokens: Tokens) -> Tokens:
+    """The tokens that have a cell."""
+    extra = tokens.x.shape[1] - tokens.position.shape[1]
+    return tokens._replace(x=tokens.x[:, extra:]) if extra else tokens
 
 
 def call(block: nn.Module, *args, recompute: bool):
@@ -217,16 +229,20 @@ class Encoder(nn.Module):
             for number, rate in enumerate(drop_path_rates(config.drop_path, config.depth))
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        if config.pruning == "class":
+            self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, config.width))
 
     def forward(self, clips: Tensor) -> Encoded:
         """Encode normalised clips [B, 3, T, H, W], H and W multiples of the patch size."""
         tokens, grid = self.embed(clips)
+        if self.config.pruning == "class":
+            tokens = tokens._replace(x=torch.cat([self.class_token.expand(len(tokens.x), -1, -1), tokens.x], dim=1))
         keyframes, kept = [], []
         every = tokens  # each token as it was last seen
         for number, block in enumerate(self.blocks):
             if isinstance(block, PruningBlock):
                 every = self.update(every, tokens)
-                select = self.num_select(tokens.x.shape[1], tokens.num_keyframe)
+                select = self.num_select(tokens.position.shape[1], tokens.num_keyframe)
                 tokens = call(block, tokens, select, self.config, recompute=self.recompute)
                 kept.append(tokens.position)
             else:
@@ -234,14 +250,14 @@ class Encoder(nn.Module):
             if number in self.config.pyramid_blocks:
                 # Dense: of a slice, torch.compile and the convolution disagree whether it is channels-last.
                 keyframes.append(self.keyframe(tokens, grid).clone(memory_format=torch.channels_last))
-        if self.config.decoder_input == "all":
-            tokens = self.update(every, tokens)
+        tokens = without_class_token(self.update(every, tokens) if self.config.decoder_input == "all" else tokens)
         return Encoded(
             tokens._replace(x=self.norm(tokens.x)), grid, tuple(keyframes), tuple(kept) if self.keep_rate < 1 else ()
         )
 
     def keyframe(self, tokens: Tokens, grid: tuple[int, int, int]) -> Tensor:
         """The keyframe's tokens as a map [B, C, Gh, Gw]; 0 where one was dropped."""
+        tokens = without_class_token(tokens)
         if self.config.keep_keyframe:
             return tokens.x[:, : tokens.num_keyframe].transpose(1, 2).unflatten(2, grid[1:])
         cells = evad_kernels.scatter_tokens(tokens.x, tokens.position, grid=grid)
@@ -251,6 +267,7 @@ class Encoder(nn.Module):
         """All tokens, with ``tokens`` as they are now; only where the decoder wants them."""
         if self.config.decoder_input == "kept":
             return every
+        every, tokens = without_class_token(every), without_class_token(tokens)
         place = every.position.argsort(dim=1).gather(1, tokens.position)
         return every._replace(x=every.x.scatter(1, place[..., None].expand_as(tokens.x), tokens.x))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 TOKEN_ORDERS = ("position", "importance")
 BLANKS = ("mask_token", "zeros")
 INITIAL_BOXES = ("frame", "grid")
-PRUNINGS = ("attention", "random", "least")
+PRUNINGS = ("attention", "class", "random", "least")
 DECODER_INPUTS = ("kept", "all")
 
 
@@ -43,7 +43,8 @@ class EVADConfig:
     keep_rate: float = 0.7  # of all tokens, at every pruning block; the keyframe's are always kept; 1 prunes nothing
     pruning_blocks: tuple[int, ...] = (3, 6, 9)  # counted from 0
     keyframe_weight: float = 1.0  # w_kf of Eq. 1; the paper's best at keep rate 0.6 is 4
-    pruning: str = "attention"  # which stay: the most important; or, as controls, "random" ones, the "least" important
+    # Which stay: the most important; those that a "class" token looks at; as controls "random", the "least" important.
+    pruning: str = "attention"
     keep_keyframe: bool = True  # False: the keyframe's tokens are pruned like the others (Table 1c, unified pruning)
     token_order: str = "position"  # the paper; "importance" is what released checkpoints were trained with
 

@@ -216,7 +216,7 @@ def learning_rate(epoch: float, config: EVADConfig, schedule: str = "steps") -> 
 
 def parameter_groups(model: nn.Module, config: EVADConfig) -> list[dict]:
     """Groups for AdamW: the head (localisation stages, decoder) learns at ``head_learning_rate_scale`` times the rate
-    of the rest (``lr_scale``); vectors, biases and the mask token do not decay."""
+    of the rest (``lr_scale``); vectors, biases and single tokens do not decay."""
     groups = [
         {"params": [], "lr_scale": scale, "weight_decay": decay}
         for scale in (1.0, config.head_learning_rate_scale)
@@ -224,6 +224,6 @@ def parameter_groups(model: nn.Module, config: EVADConfig) -> list[dict]:
     ]
     for name, parameter in model.named_parameters():
         head = name.startswith(("localization.stages.", "decoder."))
-        decays = parameter.ndim > 1 and not name.endswith(("bias", "mask_token"))
+        decays = parameter.ndim > 1 and not name.endswith(("bias", "mask_token", "class_token"))
         groups[2 * head + (not decays)]["params"].append(parameter)
     return groups

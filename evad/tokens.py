@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 
 class Tokens(NamedTuple):
-    """Tokens of a batch of clips, the keyframe's first."""
+    """Tokens of a batch of clips, the keyframe's first; inside the encoder a class token may come before them."""
 
-    x: Tensor  # [B, N, C]
+    x: Tensor  # [B, N, C], or [B, 1 + N, C] with a class token
     position: Tensor  # [B, N] int64: t*Gh*Gw + y*Gw + x, where the token comes from
     num_keyframe: int  # the first this many are the keyframe's
 

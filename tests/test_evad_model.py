@@ -567,7 +567,9 @@ def decoder_tokens(model, clips):
     return model.encoder(model.batch(clips)[0]).tokens
 
 
-@pytest.mark.parametrize("fields", [{"pruning": "random"}, {"pruning": "least"}, {"decoder_depth": 0}])
+@pytest.mark.parametrize(
+    "fields", [{"pruning": "random"}, {"pruning": "least"}, {"pruning": "class"}, {"decoder_depth": 0}]
+)
 @pytest.mark.parametrize("token_order", ["position", "importance"])
 def test_ablations_learn(fields, token_order):
     model = micro(token_order=token_order, **fields).train()
@@ -588,6 +590,29 @@ def test_least_important_and_random_tokens():
     keyframe = kept["attention"] & kept["least"]
     assert keyframe == set(range(64, 128)) and len(kept["attention"] | kept["least"]) == 2 * 80 - 64
     assert len({frozenset(some) for some in kept.values()}) == 3 and keyframe < kept["random"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"keep_keyframe": False}, {"decoder_input": "all"}])
+def test_class_token_chooses(fields):
+    """What it attends to most stays, and it itself, but neither branch gets it."""
+    model = micro(0.625, pruning="class", pruning_blocks=(1,), **fields)
+    encoder, seen = model.encoder, []
+    encoder.blocks[1].register_forward_pre_hook(lambda block, arguments: seen.append(arguments[0]))
+    encoded = encoder(clip()[None])
+    (before,), (kept,) = seen, encoded.kept
+    block, first = encoder.blocks[1], 1 + before.num_keyframe
+    query, key, _ = block.attn.heads(block.norm1(before.x))
+    shares = torch.einsum("bhd,bhnd->bhn", query[:, :, 0], key).div(query.shape[3] ** 0.5).softmax(2).mean(1)[0]
+    best = shares[first:].topk(80 - before.num_keyframe).indices + before.num_keyframe
+    assert set(kept[0].tolist()) == {
+        *before.position[0, : before.num_keyframe].tolist(),
+        *before.position[0, best].tolist(),
+    }
+    cells = 128 if fields.get("decoder_input") == "all" else 80
+    assert encoded.tokens.x.shape[1] == encoded.tokens.position.shape[1] == cells
+    assert all(level.shape[2:] == (8, 8) for level in encoded.keyframes)
+    model.set_keep_rate(1.0)
+    assert model(clip()[None]).kept == () and encoder(clip()[None]).tokens.x.shape[1] == 128
 
 
 def test_unified_pruning_may_drop_the_keyframe():

@@ -5,7 +5,7 @@ python -m benchmarks.paper --list            # the runs, and which have records
 python -m benchmarks.paper --only shipped    # runs whose name begins so
 python -m benchmarks.paper --report          # only the report
 
-Kill it at any moment: the same command goes on. 37 kinds of run, 600 steps each after a start of 900 that a seed's runs
+Kill it at any moment: the same command goes on. 38 kinds of run, 600 steps each after a start of 900 that a seed's runs
 share: minutes a run on a GPU, about ten on two quiet cores.
 """
 
