@@ -157,6 +157,15 @@ def transformers(
             f"patch.transformers: dropped must be 'restore' for {type(model).__name__}, whose decoder "
             f"wants every token, got {dropped!r}"
         )
+    rates = _rates("transformers", keep_rate, blocks, len(layers))
+    first = min((block for block, rate in rates.items() if rate < 1), default=len(layers))
+    for module in model.modules():  # a backbone gives out features of blocks; 0 is what enters the first
+        stages = getattr(module, "out_indices", None) or ()
+        if any(first < stage < len(layers) or (first < stage and dropped == "drop") for stage in stages):
+            raise ValueError(
+                f"patch.transformers: out_indices of {type(module).__name__} must be at most {first}, the first block "
+                f"that prunes, or {len(layers)} with dropped='restore', got {list(stages)} and {dropped!r}"
+            )
     return _patch(
         "transformers",
         model,
@@ -476,6 +485,10 @@ def _patch(
             )
         _require(family, attention, mixin.attention_needs)
         _require_plain_attention(family, attention)
+    width = next(layers[first].parameters()).shape[-1]
+    if fill is not None and (dropped == "drop" or list(fill.shape) != [width]):
+        got = f"{list(fill.shape)} and {dropped!r}"
+        raise ValueError(f"patch.{family}: fill must be [C] = [{width}] with dropped='restore', got {got}")
     for number, layer in enumerate(layers[first:], first):
         mixin = served[type(layer).__name__]
         pruning = Pruning(

@@ -443,6 +443,8 @@ def test_under_autocast_and_in_bfloat16():
         ({"protected": torch.zeros(37)}, r"or a mask \[N\] bool, got \[37\] torch.float32"),
         ({"protected_weight": -1.0}, "protected_weight must be a finite number, at least 0, got -1.0"),
         ({"dropped": "keep"}, "dropped must be 'drop' or 'restore', got 'keep'"),
+        ({"fill": torch.zeros(32)}, r"fill must be \[C\] = \[32\] with dropped='restore', got \[32\] and 'drop'"),
+        ({"fill": torch.zeros(7), "dropped": "restore"}, r"fill must be \[C\] = \[32\] .* got \[7\] and 'restore'"),
     ],
 )
 def test_rejects_bad_options(options, message):
@@ -481,6 +483,21 @@ def test_rejects_models_it_cannot_serve():
     holder.blocks = nn.Sequential(nn.Identity(), nn.Identity())
     with pytest.raises(ValueError, match=r"blocks must be of \['Block'\], got Identity"):
         patch.timm(holder)
+
+
+@torch.no_grad()
+def test_backbone_gives_out_whole_maps_or_is_refused():
+    for stages, options in ((["stage2", "stage4"], {"dropped": "restore"}), (["stage4"], {})):
+        with pytest.raises(
+            ValueError, match="out_indices of Dinov2Backbone must be at most 1, the first block that prunes"
+        ):
+            patch.transformers(_hugging_face("Dinov2", "Backbone", out_features=stages)[0], **options)
+    model, shape = _hugging_face("Dinov2", "Backbone", out_features=["stage1", "stage4"])
+    images = torch.randn(2, *shape)
+    before = model.eval()(images).feature_maps
+    after = patch.transformers(model, dropped="restore")(images).feature_maps
+    assert torch.equal(after[0], before[0]) and after[1].shape == (2, 32, 6, 6)
+    assert (after[1] != before[1]).any()
 
 
 def test_rejects_timm_models_it_cannot_serve():
