@@ -36,7 +36,7 @@ def roi_align(
         output_size: Bins of a box, one number or (height, width).
         spatial_scale: Cells a pixel, above 0.
         sampling_ratio: Samples a bin along each side. 0 or less: as many as a bin has cells, rounded up. How much work
-            that is depends on the boxes, so it is done in plain PyTorch and waits for a GPU.
+            that is depends on the boxes, so it is done in plain PyTorch, waits for a GPU, and breaks a compiled graph.
         aligned: Shift by half a cell. Otherwise, as in older detectors, sides are at least one cell.
     Returns:
         [R, C, height, width]. Gradient flows to ``input``. A reversed or NaN box gives zeros.

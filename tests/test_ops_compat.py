@@ -118,6 +118,12 @@ def test_is_one_call_in_a_traced_module():
     assert torch.equal(traced(features, boxes), roi_align(features, boxes, (5, 5)))
 
 
+def test_compiles_without_graph_break():
+    features, boxes = torch.randn(2, 3, 12, 15), torch.tensor(BOXES)
+    compiled = torch.compile(RoIAlign((3, 4), 0.5, 2, aligned=True), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(features, boxes), roi_align(features, boxes, (3, 4), 0.5, 2, aligned=True))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
