@@ -160,7 +160,7 @@ class Actor(NamedTuple):
         if "wave" in self.actions:
             swing = np.sin(2 * np.pi * (self.wave_rate * time + self.wave_phase))
             for side in self.waving:
-                moved |= {f"arm_{side}": 2.1 + 0.8 * swing, f"elbow_{side}": 0.2 + 0.35 * swing}
+                moved |= {f"arm_{side}": 2.1 + 1.0 * swing, f"elbow_{side}": 0.2 + 0.35 * swing}
         return base._replace(**moved)
 
     def thing_at(self, time: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:

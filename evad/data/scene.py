@@ -172,12 +172,13 @@ def random_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
     """A scene for pictures ``aspect`` times as wide as high: one to three actors, distractors, perhaps a post."""
     kinds, weights = tuple(WEIGHTS), np.array(list(WEIGHTS.values()))
     actors: list[Actor] = []
-    number = rng.choice([1, 2, 3], p=[0.4, 0.5, 0.1])
+    number = rng.choice([1, 2, 3], p=[0.45, 0.45, 0.1])
+    palette = (rng.uniform(40, 215) + rng.uniform(-50, 50, (3, 1)) + rng.uniform(-28, 28, (3, 3))).clip(0, 255)
     while len(actors) < number:
         actions = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
         group = _pair if actions in (("hand over",), ("hold still", "hold still")) else _single
         for _ in range(20):
-            more = group(rng, actions, aspect)
+            more = group(rng, actions, aspect, palette.mean(0))
             if not _crowded([*actors, *more]):
                 actors += more
                 break
@@ -191,23 +192,24 @@ def random_scene(rng: np.random.Generator, aspect: float = 1.0) -> Scene:
     for n, amplitude in zip(cells, rng.uniform(0.25, 0.7, len(cells)), strict=True):
         octaves.append((noise[used : used + 2 * n * n].reshape(2, n, n) * 1.6 * amplitude + 0.14).astype(np.float32))
         used += 2 * n * n
-    palette = rng.uniform(40, 215) + rng.uniform(-50, 50, (3, 1)) + rng.uniform(-28, 28, (3, 3))
     waves = [rng.uniform(0, 0.005, (2, 3)), rng.uniform(0.3, 3.0, (2, 3)), rng.random((2, 3))]
     return Scene(
         tuple(actors),
         tuple(_thing(rng, aspect) for _ in range(rng.choice(3, p=[0.45, 0.4, 0.15]))),
         np.stack([posts, posts + rng.uniform(0.04, 0.08, len(posts))], -1),
         rng.uniform(20, 200, (len(posts), 3)),
-        Backdrop(tuple(octaves), palette.clip(0, 255).astype(np.float32)),
+        Backdrop(tuple(octaves), palette.astype(np.float32)),
         rng.uniform(-0.12, 0.12, 2) * (rng.random() < 0.7),
         np.stack(waves, -1),
         rng.integers(-7, 8, 40_000, np.int8),
     )
 
 
-def _colours(rng: np.random.Generator) -> np.ndarray:
-    """Shirt, trousers, skin, hair, emblem: the emblem stands out from the shirt."""
-    shirt, trousers = rng.uniform(20, 240, (2, 3))
+def _colours(rng: np.random.Generator, backdrop: np.ndarray) -> np.ndarray:
+    """Shirt, trousers, skin, hair, emblem: clothes stand out from ``backdrop``, the emblem from the shirt."""
+    clothes = rng.uniform(20, 240, (16, 3))
+    clothes = clothes[(-np.abs(clothes - backdrop).mean(1).clip(max=60)).argsort(kind="stable")]
+    shirt, trousers = clothes[:2]
     skin = np.array([235, 190, 155]) * rng.uniform(0.45, 1.05)
     emblem = np.where(shirt.mean() < 130, 250, 15) + rng.uniform(-15, 5, 3)
     return np.stack([shirt, trousers, skin, rng.uniform(10, 90, 3), emblem]).clip(0, 255)
@@ -220,7 +222,7 @@ def _base(rng: np.random.Generator, yaw: float) -> Pose:
     pose |= {"thigh_l": stride, "thigh_r": -stride}
     for side, out in (("l", 1), ("r", -1)):
         raised = rng.random() < 0.4
-        pose[f"arm_{side}"] = 2.1 + 0.8 * np.sin(2 * np.pi * rng.random()) if raised else rng.uniform(0.1, 1.3)
+        pose[f"arm_{side}"] = 2.1 + 1.0 * np.sin(2 * np.pi * rng.random()) if raised else rng.uniform(0.1, 1.3)
         pose[f"elbow_{side}"] = rng.uniform(-0.1, 0.6)
         # sideways in the picture, where arms can be seen whichever way the body faces
         pose[f"plane_{side}"] = out * yaw + rng.uniform(-0.5, 0.5) + np.pi * (rng.random() < 0.3)
@@ -236,12 +238,12 @@ def _sideways(rng: np.random.Generator) -> float:
     return rng.choice([-1, 1]) * rng.uniform(0.3, 0.6) * np.pi
 
 
-def _single(rng: np.random.Generator, actions: tuple[str, ...], aspect: float) -> list[Actor]:
+def _single(rng: np.random.Generator, actions: tuple[str, ...], aspect: float, backdrop: np.ndarray) -> list[Actor]:
     yaw = _sideways(rng) if "pick up" in actions or rng.random() < 0.4 else rng.uniform(-np.pi, np.pi)
     base = _base(rng, yaw)
-    rates = {"walk": (0.8, 1.2), "jump": (1.0, 1.4), "turn": (0.5, 0.8), "pick": (0.5, 0.65)}
+    rates = {"walk": (0.8, 1.2), "jump": (1.0, 1.4), "turn": (0.6, 0.9), "pick": (0.55, 0.75)}
     verb = actions[0].split()[0]
-    height = rng.uniform(0.5, 0.72)
+    height = rng.uniform(0.57, 0.72)
     direction = {"walk left": -1, "walk right": 1}.get(actions[0], 0)
     actor = Actor(
         actions,
@@ -249,13 +251,13 @@ def _single(rng: np.random.Generator, actions: tuple[str, ...], aspect: float) -
         ground=rng.uniform(height + 0.04, 0.98),
         height=height,
         base=base,
-        colours=_colours(rng),
+        colours=_colours(rng, backdrop),
         speed=direction * rng.uniform(0.2, 0.36),
         rate=rng.uniform(*rates.get(verb, (1.0, 1.0))),
         phase=rng.random(),
         wave_rate=rng.uniform(1.0, 1.5),
         wave_phase=rng.random(),
-        waving=rng.choice(["l", "r", "lr"], p=[0.3, 0.3, 0.4]),
+        waving=rng.choice(["l", "r", "lr"], p=[0.15, 0.15, 0.7]),
         gives=bool(rng.random() < 0.5),
         thing=str(rng.choice(["", "hand", "floor"], p=[0.5, 0.25, 0.25])),
         thing_colour=tuple(rng.choice(_BRIGHT)),
@@ -270,9 +272,9 @@ def _single(rng: np.random.Generator, actions: tuple[str, ...], aspect: float) -
 _BRIGHT = np.array([[250, 220, 40], [240, 70, 60], [70, 220, 90], [80, 150, 250], [250, 130, 220], [245, 245, 245]])
 
 
-def _pair(rng: np.random.Generator, actions: tuple[str, ...], aspect: float) -> list[Actor]:
+def _pair(rng: np.random.Generator, actions: tuple[str, ...], aspect: float, backdrop: np.ndarray) -> list[Actor]:
     """Two actors who face each other, close enough to hand a thing over."""
-    height = rng.uniform(0.5, 0.66)
+    height = rng.uniform(0.54, 0.68)
     reached = 0.88 * height / 2
     x, ground = rng.uniform(0.12 + reached, aspect - 0.12 - reached), rng.uniform(height + 0.04, 0.98)
     rate, phase, depth = rng.uniform(0.4, 0.6), rng.random(), rng.random()
@@ -289,7 +291,7 @@ def _pair(rng: np.random.Generator, actions: tuple[str, ...], aspect: float) -> 
                 ground=ground + rng.uniform(-0.01, 0.01),
                 height=height,
                 base=base._replace(bend=0.0),
-                colours=_colours(rng),
+                colours=_colours(rng, backdrop),
                 rate=rate,
                 phase=phase,
                 gives=index == first,
@@ -306,7 +308,7 @@ def _crowded(actors: list[Actor]) -> bool:
     for index, a in enumerate(boxes):
         for b in boxes[:index]:
             shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-            if shared > 0.15 * min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)):
+            if shared > 0.08 * min((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b)):
                 return True
     return False
 
