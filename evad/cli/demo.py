@@ -29,7 +29,7 @@ saves. Needs no download and no GPU: a tiny model comes with the package, taught
 Writes pictures, videos, CSV and JSON to the --out folder.
 """
 
-SECONDS, FPS, SIZE, SEED = 4, 30, 480, 104
+SECONDS, FPS, SIZE, SEED = 4, 30, 480, 105
 UNTRAINED = "boxes, labels and scores mean nothing. Tokens and costs are real."
 
 
