@@ -350,15 +350,15 @@ print(status("VmHWM") - before - sum(x.untyped_storage().nbytes() for x in resul
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_peak_memory(dtype, size, direction):
-    """Beside inputs and results, at most 5 % of the map [12, 1568, 1568]; backward, of the map and its gradient."""
+    """Beside inputs and results, at most 5 % of the map [12, 1568, 1568]; NOTES.md says why one case misses it."""
     if _backend.native is None:
         pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
     # What is freed goes back at once: otherwise a call may find its memory in the heap, and need none.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEMORY, dtype, direction]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    maps = 1 if direction == "forward" else 2
-    assert 0 < int(run.stdout) <= 0.05 * maps * size * 12 * 1568**2
+    part = 0.06 if (dtype, direction) == ("bfloat16", "backward") else 0.05
+    assert 0 < int(run.stdout) <= part * size * 12 * 1568**2
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"], indirect=True)
