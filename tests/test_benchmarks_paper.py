@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import report, runner
+from benchmarks.paper import report, runner, schedule
 from benchmarks.paper.experiments import EXPERIMENTS, RUNS
 
 MINUTE = {
@@ -57,18 +57,18 @@ def test_runs_resumes_and_reports(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "make", stopping)
     with pytest.raises(KeyboardInterrupt):
-        paper.make_all(PLAN, NAMES, [5], records, work)
+        schedule.make_all(PLAN, NAMES, [5], records, work)
     before = {path: path.stat().st_mtime_ns for path in records.glob("*.json")}
     assert len(before) == 6
     monkeypatch.setattr(runner, "make", make)
-    made = paper.make_all(PLAN, NAMES, [5], records, work)
+    made = schedule.make_all(PLAN, NAMES, [5], records, work)
     assert made == sum(run.name.startswith(tuple(NAMES)) for run in RUNS) - 6
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     assert len(list((work / "steps=2+2").glob("start*"))) == 1
     record = json.loads((records / "keep_rate=0.7,pruning=random,seed=5.json").read_text())
     assert record["steps"] == 2 and record["model"]["pruning"] == "random" and record["machine"]["commit"]
     assert set(record["evaluations"]["by_rate"]) == {"0.7"}
-    assert paper.make_all(PLAN, NAMES, [5], records, work) == 0
+    assert schedule.make_all(PLAN, NAMES, [5], records, work) == 0
     paper.main(["--report", "--out", str(tmp_path)])
     text = (tmp_path / "REPORT.md").read_text()
     assert "after a localisation-only start of 2" in text and "| memory, 1.0 | 100 | 100.00 | 1 |" in text

@@ -1,24 +1,24 @@
 """Train, evaluate and report the paper's experiments on synthetic clips.
 
-python -m benchmarks.paper                   # everything that has no record yet, seed after seed, then the report
+python -m benchmarks.paper                   # everything that has no record yet, in the order of --list; the report
 python -m benchmarks.paper --list            # the runs, and which have records
 python -m benchmarks.paper --only shipped    # runs whose name begins so
 python -m benchmarks.paper --report          # only the report
 
 Kill it at any moment: the same command goes on. 38 kinds of run, 600 steps each after a start of 900 that a seed's runs
-share: minutes a run on a GPU, about ten on two quiet cores.
+share: minutes a run on a GPU, about six on a quiet core. --jobs 2 makes two at once, on half of the cores each.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
 from . import report, runner
 from .experiments import RUNS
+from .schedule import make_all
 
 HERE = Path(__file__).parent
 
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of runs/ and REPORT.md [benchmarks/paper]")
     parser.add_argument("--work", type=Path, default=Path("evad_paper"), help="folder of checkpoints [evad_paper]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--list", action="store_true", help="print the runs and their seeds on record, then stop")
     parser.add_argument("--report", action="store_true", help="only write the report")
     args = parser.parse_args(arguments)
@@ -47,26 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not args.report:
         plan = plan._replace(steps=args.steps, start_steps=args.start_steps, clips=args.clips, device=args.device)
-        make_all(plan, args.only, args.seeds, records, args.work)
+        make_all(plan, args.only, args.seeds, records, args.work, args.jobs)
     (args.out / "REPORT.md").write_text(report.text(report.read_records(records)))
     print(args.out / "REPORT.md")
-
-
-def make_all(plan: runner.Plan, names: list[str], seeds: list[int], records: Path, work: Path) -> int:
-    """Make what has no record, all runs of a seed before the next seed's; returns how many were made."""
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    chosen = [run for run in RUNS if any(run.name.startswith(name) for name in names)]
-    made = 0
-    for seed in seeds:
-        for run in chosen:
-            if run.kind == "shipped" and seed != seeds[0]:
-                continue  # there is one shipped model
-            say(f"{run.name}, seed {seed}")
-            made += runner.make(run, seed, plan, records, work, say)
-    return made
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from evad.training import Trainer, prepare
 from evad.weights import TINY
 
 from .experiments import BASE, Run
+from .rendered import Rendered
 
 
 class Plan(NamedTuple):
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
 
     steps: int = 600  # of every run, after its start
     start_steps: int = 900  # of the localisation-only start that a seed's runs share
-    clips: int = 400  # of the split "test", which nothing is trained on
+    clips: int = 1000  # of the split "test", which nothing is trained on
     batch_size: int = 16
     device: str = "cpu"
     model: Mapping = MappingProxyType({})  # replaces fields of every model: a test's smaller ones
@@ -69,11 +70,18 @@ def make(run: Run, seed: int, plan: Plan, records: Path, work: Path, say: Callab
     return True
 
 
-def _trained(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
-    start = _fit("start", {"keep_rate": 1.0, "action_loss_weight": 0.0}, seed, plan, plan.start_steps, "", work, say)
-    weights = start.with_name("start.safetensors")
+def make_start(seed: int, plan: Plan, work: Path, say: Callable[[str], None]) -> Path:
+    """The localisation-only start of a seed's runs, unless it is there; returns its weights."""
+    model = {"keep_rate": 1.0, "action_loss_weight": 0.0}
+    path = _fit("start", model, seed, plan, plan.start_steps, "", work, say)
+    weights = path.with_name("start.safetensors")
     if not weights.exists():
-        _without_decoder(start, weights)
+        _without_decoder(path, weights)
+    return weights
+
+
+def _trained(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
+    weights = make_start(seed, plan, work, say)
     path = _fit(run.name, run.model, seed, plan, plan.steps, str(weights), work, say)
     model = EVAD(read_config(path)).to(plan.device)
     load_checkpoint(model, path)
@@ -83,7 +91,8 @@ def _trained(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
         "steps": plan.steps,
         "start_steps": plan.start_steps,
         "batch_size": plan.batch_size,
-        "evaluations": _evaluate(model, run.rates, seed, plan),
+        "precision": "bfloat16",
+        "evaluations": _evaluate(model, run.rates, seed, plan, work),
     }
 
 
@@ -101,6 +110,7 @@ def _fit(name: str, model: dict, seed: int, plan: Plan, steps: int, weights: str
                 "seed": seed,
                 "epochs": 1,
                 "batch_size": plan.batch_size,
+                "precision": "bfloat16",
                 "warmup_epochs": 0.05,
                 "weights": weights,
                 "evaluate_every": 0,
@@ -112,11 +122,15 @@ def _fit(name: str, model: dict, seed: int, plan: Plan, steps: int, weights: str
         }
     )
     run, clips, _ = prepare(run)
+    if weights:  # a start's clips are seen once
+        clips = Rendered(clips, work / "clips")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the start lacks a decoder
         trainer = Trainer(run, clips, folder, device=plan.device)
         trainer.fit(
-            lambda now: now.step % 50 or say(f"  {name}: {now.step} of {now.steps}, {now.seconds_left:.0f} s left")
+            lambda now: (
+                now.step % 50 or say(f"  {name}, seed {seed}: {now.step} of {now.steps}, {now.seconds_left:.0f} s left")
+            )
         )
     return path
 
@@ -134,20 +148,20 @@ def _without_decoder(path: Path, target: Path) -> None:
 def _shipped(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
     model = EVAD(dataclasses.replace(read_config(TINY), **run.model)).to(plan.device)
     load_checkpoint(model, TINY)
-    return {"model": dict(run.model), "steps": 0, "evaluations": _evaluate(model, run.rates, seed, plan)}
+    return {"model": dict(run.model), "steps": 0, "evaluations": _evaluate(model, run.rates, seed, plan, work)}
 
 
-def _evaluate(model: EVAD, rates: tuple[float, ...], seed: int, plan: Plan) -> dict:
+def _evaluate(model: EVAD, rates: tuple[float, ...], seed: int, plan: Plan, work: Path) -> dict:
     """Summaries by keep rate."""
     found = {}
-    dataset = build({"name": "synthetic", "clips": plan.clips}, "test", model.config)  # the same for all seeds
-    clips = [dataset[index] for index in range(len(dataset))]  # made once for all rates
+    clips = build({"name": "synthetic", "clips": plan.clips}, "test", model.config)  # the same for all seeds
+    clips = Rendered(clips, work / "clips")
     for rate in dict.fromkeys((model.config.keep_rate, *rates)):
         model.set_keep_rate(rate)
         torch.manual_seed(seed)  # of random pruning
         metrics = evaluate(model.eval(), clips, batch_size=16)
         numbers = metrics.summary() | {
-            f"action_AP: {label}": float(value) for label, value in zip(dataset.labels, metrics.action_ap, strict=True)
+            f"action_AP: {label}": float(value) for label, value in zip(clips.labels, metrics.action_ap, strict=True)
         }
         found[str(rate)] = {name: None if value != value else round(value, 5) for name, value in numbers.items()}
     return {"own_rate": next(iter(found)), "clips": plan.clips, "by_rate": found}

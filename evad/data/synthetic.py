@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import ava
@@ -91,13 +92,20 @@ class Synthetic(Dataset):
         seen = visible >= VISIBLE * area
         return inside[seen].astype(np.float32), labels[seen].astype(np.float32)
 
-    def __getitem__(self, index: int) -> Sample:
+    def render(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """A clip before normalisation: uint8 [T, H, W, 3], and its target."""
         scene = self.scene(index)
         frames = torch.from_numpy(scene.render(self.times, self.height, self.width))
         boxes, labels = self.annotations(scene)
-        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+        return frames, {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+
+    def sample(self, index: int, frames: Tensor, target: dict[str, Tensor]) -> Sample:
+        """What ``render`` gave, ready for the model."""
         clip = normalize(frames.permute(0, 3, 1, 2), self.pixel_mean, self.pixel_std)
         return Sample(clip, target, (self.video_id(index), float(KEYFRAME)))
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index, *self.render(index))
 
 
 def write(dataset: Synthetic, folder: str | Path) -> None:
