@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import report, runner, schedule
 from benchmarks.paper.experiments import EXPERIMENTS, RUNS
+from benchmarks.paper.rendered import Rendered
+from evad import EVADConfig
+from evad.data import build
 
 MINUTE = {
     "num_frames": 8,
@@ -74,12 +78,37 @@ def test_runs_resumes_and_reports(tmp_path, monkeypatch):
     assert "after a localisation-only start of 2" in text and "| memory, 1.0 | 100 | 100.00 | 1 |" in text
 
 
+def test_several_at_once_make_the_same(tmp_path):
+    """Runs of two seeds in two processes: each after its seed's start, equal to a run of its own."""
+    name = "keep_rate=0.7,pruning=random"
+    assert schedule.make_all(PLAN, [name, "cost,keep_rate=0.7"], [5, 6], tmp_path / "runs", tmp_path / "work", 2) == 4
+    assert schedule.make_all(PLAN, [name], [6], tmp_path / "alone", tmp_path / "elsewhere") == 1
+    two, alone = (
+        json.loads((tmp_path / folder / f"{name},seed=6.json").read_text())["evaluations"]
+        for folder in ("runs", "alone")
+    )
+    assert two == alone
+
+
+def test_rendered_clips_are_the_datasets(tmp_path):
+    clips = build({"name": "synthetic", "clips": 3}, "train", EVADConfig.tiny(short_side=48))
+    rendered = Rendered(clips, tmp_path)
+    for _ in ("rendered", "read"):
+        for index in (2, 0):
+            ours, theirs = rendered[index], clips[index]
+            assert torch.equal(ours.clip, theirs.clip) and ours.key == theirs.key
+            assert all(torch.equal(ours.target[name], theirs.target[name]) for name in theirs.target)
+    assert len(rendered) == 3 and len(list(tmp_path.glob("*/*"))) == 2
+    other = build({"name": "synthetic", "clips": 3, "seed": 1}, "train", EVADConfig.tiny(short_side=48))
+    assert not torch.equal(Rendered(other, tmp_path)[0].clip, clips[0].clip)
+
+
 def fake(run, seed, **metrics):
     kind = next(r.kind for r in RUNS if r.name == run)
     by_rate = {"0.7": {name.replace("mAP", "mAP@0.5"): value for name, value in metrics.items()}}
     machine = {"device": "a machine", "threads": 1, "torch": "2", "commit": "abc"}
     evaluations = {"own_rate": "0.7", "clips": 9, "by_rate": by_rate}
-    steps = {"steps": 7, "start_steps": 8, "batch_size": 2} if kind == "train" else {"steps": 0}
+    steps = {"steps": 7, "start_steps": 8, "batch_size": 2, "precision": "float8"} if kind == "train" else {"steps": 0}
     return {"run": run, "seed": seed, "kind": kind, "evaluations": evaluations, "machine": machine, **steps}
 
 

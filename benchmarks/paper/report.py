@@ -108,8 +108,8 @@ def _how(records: Records) -> list[str]:
         what = {"cost": "one training step", "shipped": "the shipped weights, evaluated"}.get(record["kind"])
         if record["kind"] == "train":
             what = (
-                f"trained {record['steps']} steps of {record['batch_size']} clips, after a localisation-only start of "
-                f"{record['start_steps']} that a seed's runs share"
+                f"trained {record['steps']} steps of {record['batch_size']} clips in {record['precision']}, after a "
+                f"localisation-only start of {record['start_steps']} that a seed's runs share"
             )
         on = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
         ways.setdefault(f"{what}; {on}", []).append(record)
