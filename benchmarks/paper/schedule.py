@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -47,7 +48,7 @@ def _at_once(
     going: dict[Future, int | None] = {}  # and which seed will be ready
     share = max(1, (os.cpu_count() or 1) // jobs)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (share,)) as pool:
+    with ProcessPoolExecutor(jobs, spawn, _begin, (share,)) as pool:
         while waiting or going:
             while len(going) < jobs:
                 if starts:
@@ -61,3 +62,14 @@ def _at_once(
             for done in wait(going, return_when=FIRST_COMPLETED).done:
                 ready.add(going.pop(done))
                 yield done.result() is True
+
+
+def _begin(threads: int) -> None:
+    """A process's first act: take its share of the threads, and see to it that it ends when its parent is killed."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
