@@ -22,10 +22,10 @@ class Weights {
       fill(static_cast<const double*>(boxes.corners), pyramid, boxes, sampling, threads);
     else
       fill(static_cast<const float*>(boxes.corners), pyramid, boxes, sampling, threads);
-    shape_ = roi_shape(sampling, 0, rows_.taps());
+    shape_ = roi_shape(sampling, 0, rows_.taps(), columns_.taps());
   }
 
-  RoiShape shape(int64_t Gw) const { return {shape_.oh, shape_.ow, Gw, shape_.ring, shape_.ordinals}; }
+  RoiShape shape(int64_t Gw) const { return {shape_.oh, shape_.ow, Gw, shape_.cells}; }
   int64_t level(int64_t r) const { return level_[r]; }
   RoiBox<F> of(int64_t r) const { return {rows_.of(r), columns_.of(r)}; }
 

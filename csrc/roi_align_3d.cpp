@@ -28,7 +28,7 @@ class Weights {
       fill(static_cast<const double*>(boxes.corners), boxes, pixels, Gh, Gw, threads);
     else
       fill(static_cast<const float*>(boxes.corners), boxes, pixels, Gh, Gw, threads);
-    shape_ = roi_shape(pixels.sampling, Gw, rows_.taps());
+    shape_ = roi_shape(pixels.sampling, Gw, rows_.taps(), columns_.taps());
   }
 
   const RoiShape& shape() const { return shape_; }

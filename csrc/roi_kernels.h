@@ -11,13 +11,15 @@ namespace evad {
 template <class F>
 struct RoiTap {
   int32_t cell;
-  int32_t ordinal;  // counts the different cells of the axis as they are met; a bin's lie within RoiShape::ring
+  int32_t ordinal;  // of the cell in RoiAxis::cell
   F weight;
 };
 template <class F>
 struct RoiAxis {
   const int32_t* begin;
   const RoiTap<F>* tap;
+  const int32_t* cell;  // `cells` different ones, in the order in which the taps come to them
+  int32_t cells;
 };
 template <class F>
 struct RoiBox {
@@ -27,15 +29,12 @@ struct RoiBox {
 // Of all boxes of a call.
 struct RoiShape {
   int64_t oh, ow;
-  int64_t Gw;        // cells in a row of the grid
-  int64_t ring;      // rows of column sums that are kept, a power of two
-  int64_t ordinals;  // at most, of the rows of a box
+  int64_t Gw;     // cells in a row of the grid
+  int64_t cells;  // at most, of an axis of a box
 };
 
 // Work memory, in elements of F, for `count` channels.
-inline int64_t roi_workspace(const RoiShape& shape, int64_t count) {
-  return (shape.ring > shape.ordinals ? shape.ring : shape.ordinals) * shape.ow * count;
-}
+inline int64_t roi_workspace(const RoiShape& shape, int64_t count) { return shape.cells * shape.ow * count; }
 
 // cell[y * Gw + x] points to the row of features of a cell; channels [begin, begin + count) are done.
 template <class F>

@@ -2,8 +2,9 @@
 // EVAD_VECTOR_BYTES and EVAD_VECTORS before it includes this file. Everything is in that namespace and no standard
 // template is used: code with wide instructions must not leak.
 //
-// Separable: a row of the grid is summed over its columns once per column of bins, into a ring of rows that stays in
-// the first-level cache; a bin is a short sum over that ring. EVAD_VECTORS vectors of channels go through in registers.
+// Separable: a row of bins first sums, column by column, the rows of the grid that it touches; a bin is a short sum over
+// that line of columns, which stays in the first-level cache. Or columns of bins first, where that is less work.
+// EVAD_VECTORS vectors of channels go through in registers.
 #include "roi_kernels.h"
 
 #define EVAD_INLINE __attribute__((always_inline)) inline
@@ -44,10 +45,11 @@ struct Vectors {
     for (int64_t lane = 0; lane < kLanes; ++lane) sum += x[lane];
     return sum;
   }
-  // Exact: a NaN is taken, and once best is one it stays.
-  template <bool Exact>
+  // Exact: a NaN is the largest. Ascending: bins come in order; else the lower of equal ones has to be asked for.
+  template <bool Exact, bool Ascending>
   static EVAD_INLINE void keep(V v, I bin, V& best, I& index) {
-    const I take = Exact ? (best == best) & ~(v <= best) : v > best;
+    I take = Exact ? (best == best) & ~(v <= best) : v > best;
+    if (!Ascending) take |= (Exact ? (v == best) | ((v != v) & (best != best)) : v == best) & (bin < index);
     best = take ? v : best;
     index = take ? bin : index;
   }
@@ -67,9 +69,10 @@ struct Vectors<F, 0> {
   static EVAD_INLINE V larger(V x, V y) { return x > y ? x : y; }
   static EVAD_INLINE I splat_index(int64_t x) { return static_cast<I>(x); }
   static EVAD_INLINE F total(V x) { return x; }
-  template <bool Exact>
+  template <bool Exact, bool Ascending>
   static EVAD_INLINE void keep(V v, I bin, V& best, I& index) {
-    const bool take = Exact ? best == best && !(v <= best) : v > best;
+    bool take = Exact ? best == best && !(v <= best) : v > best;
+    if (!Ascending) take |= (Exact ? v == best || (v != v && best != best) : v == best) && bin < index;
     best = take ? v : best;
     index = take ? bin : index;
   }
@@ -86,44 +89,75 @@ EVAD_INLINE void for_channels(int64_t count, const Body& body) {
   for (; c < count; ++c) body(Vectors<F, 0>{}, c);
 }
 
-// Calls body(bin, sum[]) for every bin of the box, row-major; `begin` is the first of the channels.
-template <class L, class F, class Body>
-EVAD_INLINE void for_bins(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin,
-                          F* __restrict ring, const Body& body) {
+// One axis of a box, and how far apart its cells and its bins lie.
+template <class F>
+struct Side {
+  RoiAxis<F> axis;
+  int64_t bins, cell_step, bin_step;
+};
+
+// line[i] = the sum over `taps` of cells that are beside cell i of the other axis.
+template <class L, int Taps, class F>
+void sum_beside(const RoiTap<F>* tap, int64_t taps, int64_t tap_step, const RoiAxis<F>& other, int64_t other_step,
+                const F* const* cell, int64_t begin, F* __restrict line) {
   using V = typename L::V;
-  const int64_t row_size = shape.ow * L::kChannels;
-  int32_t summed = 0;  // rows below this ordinal are in the ring
-  for (int64_t p = 0; p < shape.oh; ++p) {
-    const RoiTap<F>* const first = box.rows.tap + box.rows.begin[p];
-    const RoiTap<F>* const last = box.rows.tap + box.rows.begin[p + 1];
-    for (const RoiTap<F>* row = first; row != last; ++row) {
-      if (row->ordinal < summed) continue;
-      summed = row->ordinal + 1;
-      const F* const* const in_row = cell + row->cell * shape.Gw;
-      F* to = ring + (row->ordinal & (shape.ring - 1)) * row_size;
-      const RoiTap<F>* column = box.columns.tap;
-      for (int64_t q = 0; q < shape.ow; ++q, to += L::kChannels) {
-        const RoiTap<F>* const end = box.columns.tap + box.columns.begin[q + 1];
-        V sum[L::kCount] = {};
-        for (; column != end; ++column) {
-          const F* const from = in_row[column->cell] + begin;
-          const V weight = L::splat(column->weight);
+  if (Taps) taps = Taps;
+  for (int32_t i = 0; i < other.cells; ++i, line += L::kChannels) {
+    const F* const* const beside = cell + other.cell[i] * other_step;
+    V sum[L::kCount] = {};
 #pragma GCC unroll 4
-          for (int v = 0; v < L::kCount; ++v) sum[v] += weight * L::load(from + v * L::kLanes);
-        }
+    for (int64_t k = 0; k < taps; ++k) {
+      const F* const from = beside[tap[k].cell * tap_step] + begin;
+      const V weight = L::splat(tap[k].weight);
 #pragma GCC unroll 4
-        for (int v = 0; v < L::kCount; ++v) L::store(to + v * L::kLanes, sum[v]);
-      }
+      for (int v = 0; v < L::kCount; ++v) sum[v] += weight * L::load(from + v * L::kLanes);
     }
-    for (int64_t q = 0; q < shape.ow; ++q) {
+#pragma GCC unroll 4
+    for (int v = 0; v < L::kCount; ++v) L::store(line + v * L::kLanes, sum[v]);
+  }
+}
+
+template <class F>
+EVAD_INLINE int64_t multiplications(const RoiAxis<F>& first, int64_t bins, const RoiAxis<F>& second, int64_t others) {
+  return first.begin[bins] * second.cells + bins * second.begin[others];
+}
+
+// Whether rows of bins are less work than columns of bins. The same for all channels and for inference as for training.
+template <class F>
+EVAD_INLINE bool by_rows(const RoiShape& shape, const RoiBox<F>& box) {
+  return multiplications(box.rows, shape.oh, box.columns, shape.ow) <=
+         multiplications(box.columns, shape.ow, box.rows, shape.oh);
+}
+
+// Calls body(bin, sum[]) for every bin of the box, row by row or column by column of bins; `begin` is the first of the
+// channels.
+template <class L, class F, class Body>
+EVAD_INLINE void for_bins(bool by_rows, const RoiShape& shape, const RoiBox<F>& box, const F* const* cell,
+                          int64_t begin, F* __restrict line, const Body& body) {
+  using V = typename L::V;
+  const Side<F> rows{box.rows, shape.oh, shape.Gw, shape.ow}, columns{box.columns, shape.ow, 1, 1};
+  const Side<F>& first = by_rows ? rows : columns;
+  const Side<F>& second = by_rows ? columns : rows;
+  for (int64_t p = 0; p < first.bins; ++p) {
+    const RoiTap<F>* const tap = first.axis.tap + first.axis.begin[p];
+    const int64_t taps = first.axis.begin[p + 1] - first.axis.begin[p];
+    const auto sum_line = taps == 1   ? sum_beside<L, 1, F>
+                          : taps == 2 ? sum_beside<L, 2, F>
+                          : taps == 3 ? sum_beside<L, 3, F>
+                          : taps == 4 ? sum_beside<L, 4, F>
+                                      : sum_beside<L, 0, F>;
+    sum_line(tap, taps, first.cell_step, second.axis, second.cell_step, cell, begin, line);
+    const RoiTap<F>* beside = second.axis.tap;
+    for (int64_t q = 0; q < second.bins; ++q) {
+      const RoiTap<F>* const end = second.axis.tap + second.axis.begin[q + 1];
       V sum[L::kCount] = {};
-      for (const RoiTap<F>* row = first; row != last; ++row) {
-        const F* const from = ring + (row->ordinal & (shape.ring - 1)) * row_size + q * L::kChannels;
-        const V weight = L::splat(row->weight);
+      for (; beside != end; ++beside) {
+        const F* const from = line + beside->ordinal * L::kChannels;
+        const V weight = L::splat(beside->weight);
 #pragma GCC unroll 4
         for (int v = 0; v < L::kCount; ++v) sum[v] += weight * L::load(from + v * L::kLanes);
       }
-      body(p * shape.ow + q, sum);
+      body(p * first.bin_step + q * second.bin_step, sum);
     }
   }
 }
@@ -134,7 +168,7 @@ void bins(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int
   for_channels<F>(count, [&](auto vectors, int64_t c) EVAD_INLINE_LAMBDA {
     using L = decltype(vectors);
     using Sum = const typename L::V*;
-    for_bins<L, F>(shape, box, cell, begin + c, workspace, [&](int64_t bin, Sum sum) EVAD_INLINE_LAMBDA {
+    for_bins<L>(by_rows(shape, box), shape, box, cell, begin + c, workspace, [&](int64_t bin, Sum sum) EVAD_INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int v = 0; v < L::kCount; ++v) L::store(samples + bin * count + c + v * L::kLanes, sum[v]);
     });
@@ -143,7 +177,7 @@ void bins(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int
 
 // Exact: there may be a NaN, which is the largest. Index: tell the bin. Inexact, the result is false, and nothing is
 // written, where a bin is not finite: the sum of the bins tells that for an addition a bin.
-template <class L, class F, bool Exact, bool Index>
+template <class L, bool Exact, bool Index, bool ByRows, class F>
 EVAD_INLINE bool largest_of(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, F* sum,
                             int32_t* index, F* workspace) {
   using V = typename L::V;
@@ -152,7 +186,7 @@ EVAD_INLINE bool largest_of(const RoiShape& shape, const RoiBox<F>& box, const F
   I which[L::kCount] = {};
 #pragma GCC unroll 4
   for (int v = 0; v < L::kCount; ++v) best[v] = L::splat(static_cast<F>(-__builtin_inf()));
-  for_bins<L, F>(shape, box, cell, begin, workspace, [&](int64_t bin, const V* value) EVAD_INLINE_LAMBDA {
+  for_bins<L>(ByRows, shape, box, cell, begin, workspace, [&](int64_t bin, const V* value) EVAD_INLINE_LAMBDA {
     const I this_bin = L::splat_index(bin);
 #pragma GCC unroll 4
     for (int v = 0; v < L::kCount; ++v) {
@@ -160,7 +194,7 @@ EVAD_INLINE bool largest_of(const RoiShape& shape, const RoiBox<F>& box, const F
       if (!Exact && !Index)
         best[v] = L::larger(value[v], best[v]);
       else
-        L::template keep<Exact>(value[v], this_bin, best[v], which[v]);
+        L::template keep<Exact, ByRows>(value[v], this_bin, best[v], which[v]);
     }
   });
   if (!Exact && !(L::total(total * 0) == 0)) return false;
@@ -173,17 +207,22 @@ EVAD_INLINE bool largest_of(const RoiShape& shape, const RoiBox<F>& box, const F
   return true;
 }
 
+template <class L, bool Index, bool ByRows, class F>
+void largest_of(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, F* sum,
+                            int32_t* index, F* workspace) {
+  if (!largest_of<L, false, Index, ByRows>(shape, box, cell, begin, sum, index, workspace))
+    largest_of<L, true, Index, ByRows>(shape, box, cell, begin, sum, index, workspace);
+}
+
 template <class F>
 void largest(const RoiShape& shape, const RoiBox<F>& box, const F* const* cell, int64_t begin, int64_t count, F* sum,
              int32_t* index, F* workspace) {
+  const bool rows = by_rows(shape, box);
   for_channels<F>(count, [&](auto vectors, int64_t c) EVAD_INLINE_LAMBDA {
     using L = decltype(vectors);
-    if (index) {
-      if (!largest_of<L, F, false, true>(shape, box, cell, begin + c, sum + c, index + c, workspace))
-        largest_of<L, F, true, true>(shape, box, cell, begin + c, sum + c, index + c, workspace);
-    } else if (!largest_of<L, F, false, false>(shape, box, cell, begin + c, sum + c, nullptr, workspace)) {
-      largest_of<L, F, true, false>(shape, box, cell, begin + c, sum + c, nullptr, workspace);
-    }
+    const auto of = index ? rows ? largest_of<L, true, true, F> : largest_of<L, true, false, F>
+                    : rows ? largest_of<L, false, true, F> : largest_of<L, false, false, F>;
+    of(shape, box, cell, begin + c, sum + c, index ? index + c : nullptr, workspace);
   });
 }
 

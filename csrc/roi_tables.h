@@ -36,11 +36,9 @@ RoiKernels<F> roi_kernels() {
   return baseline::roi_kernels<F>();
 }
 
-// `taps`: at most, of one bin along the rows of the grid.
-inline RoiShape roi_shape(const RoiSampling& sampling, int64_t Gw, int64_t taps) {
-  int64_t ring = 1;
-  while (ring < 2 * taps) ring *= 2;
-  return {sampling.oh, sampling.ow, Gw, ring, sampling.oh * taps};
+// `row_taps`, `column_taps`: at most, of one bin.
+inline RoiShape roi_shape(const RoiSampling& sampling, int64_t Gw, int64_t row_taps, int64_t column_taps) {
+  return {sampling.oh, sampling.ow, Gw, std::max(sampling.oh * row_taps, sampling.ow * column_taps)};
 }
 
 // Rows of boxes by image: of image b they are order[begin[b]] to order[begin[b + 1]], ascending.
@@ -70,16 +68,25 @@ template <class F>
 class RoiAxisTable {
  public:
   RoiAxisTable(int64_t boxes, int64_t bins, int64_t samples, int64_t size)
-      : bins_(bins), taps_(std::min(2 * samples, size)), begin_(boxes * (bins + 1)), tap_(boxes * bins * taps_) {}
+      : bins_(bins),
+        taps_(std::min(2 * samples, size)),
+        begin_(boxes * (bins + 1)),
+        tap_(boxes * bins * taps_),
+        cell_(boxes * bins * taps_),
+        cells_(boxes) {}
 
   int64_t taps() const { return taps_; }  // of a bin, at most
 
-  RoiAxis<F> of(int64_t box) const { return {begin_.data() + box * (bins_ + 1), tap_.data() + box * bins_ * taps_}; }
+  RoiAxis<F> of(int64_t box) const {
+    const int64_t first = box * bins_ * taps_;
+    return {begin_.data() + box * (bins_ + 1), tap_.data() + first, cell_.data() + first, cells_[box]};
+  }
 
   template <class Box>
   void fill(int64_t box, BoxSide<Box> side, int64_t samples, int64_t size) {
     int32_t* const begin = begin_.data() + box * (bins_ + 1);
     RoiTap<F>* const tap = tap_.data() + box * bins_ * taps_;
+    int32_t* const different = cell_.data() + box * bins_ * taps_;
     int32_t count = 0, ordinals = 0, previous = 0;
     begin[0] = 0;
     for (int64_t bin = 0; bin < bins_; ++bin) {
@@ -95,7 +102,8 @@ class RoiAxisTable {
         int32_t ordinal = -1;
         for (int32_t i = previous; i < first && ordinal < 0; ++i)
           if (tap[i].cell == cell) ordinal = tap[i].ordinal;
-        tap[count++] = {static_cast<int32_t>(cell), ordinal < 0 ? ordinals++ : ordinal, static_cast<F>(weight)};
+        if (ordinal < 0) different[ordinal = ordinals++] = static_cast<int32_t>(cell);
+        tap[count++] = {static_cast<int32_t>(cell), ordinal, static_cast<F>(weight)};
       };
       for (int64_t i = 0; i < samples; ++i) {
         int64_t cell = 0;
@@ -108,14 +116,19 @@ class RoiAxisTable {
       begin[bin + 1] = count;
       previous = first;
     }
+    cells_[box] = ordinals;
   }
 
-  void fill_empty(int64_t box) { std::fill_n(begin_.data() + box * (bins_ + 1), bins_ + 1, 0); }
+  void fill_empty(int64_t box) {
+    std::fill_n(begin_.data() + box * (bins_ + 1), bins_ + 1, 0);
+    cells_[box] = 0;
+  }
 
  private:
   int64_t bins_, taps_;
   std::vector<int32_t> begin_;
   std::vector<RoiTap<F>> tap_;
+  std::vector<int32_t> cell_, cells_;
 };
 
 }  // namespace evad

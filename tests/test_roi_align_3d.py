@@ -392,6 +392,29 @@ def test_tie_goes_to_the_first_bin(backend):
     assert grad[0, :, :3].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("largest", [2.0, math.nan])
+@pytest.mark.parametrize("wide", [True, False])
+def test_tie_goes_to_the_first_bin_of_long_boxes(backend, wide, largest):
+    """Row by row, whichever axis a kernel takes first."""
+    Gh, Gw = (4, 16) if wide else (16, 4)  # 8 x 8 bins: all weights are binary fractions
+    tokens = torch.ones(1, Gh * Gw, 20)
+    plane = tokens.view(Gh, Gw, 20)
+    plane[2:, 2:] = largest  # of the first row of bins that is all these, the first column
+    plane[:2, Gw - 2 :, 5:] = largest  # an earlier row, a later column
+    plane[:, 1::2] = 1.0  # where gradients are compared: a gradient at a NaN is not defined
+    boxes = torch.tensor([[[0.0, 0, 16 * Gw, 16 * Gh]]])
+    grads = {}
+    for name in ("reference", backend):
+        with use_backend(name):
+            leaf = tokens.clone().requires_grad_()
+            pooled = roi_pool_3d(leaf, torch.arange(Gh * Gw)[None], boxes, grid=(1, Gh, Gw), output_size=8)
+            (grad,) = torch.autograd.grad(pooled.sum(), leaf)
+            grads[name] = grad.view(Gh, Gw, 20)[:, 1::2]
+    assert torch.equal(grads[backend], grads["reference"])
+    assert (grads[backend].flatten(0, 1).count_nonzero(0) > 0).all()
+    assert not torch.equal(grads[backend][..., 4], grads[backend][..., 5])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_special_features_reach_the_bins_that_touch_them(backend, value):
     tokens, position, _, _, options = make("all kept")
