@@ -162,6 +162,25 @@ def test_within_is_asked_of_the_difference():
         assert words in report.verdict(experiment.trends[0], experiment, records)
 
 
+def test_the_readme_claims_what_the_records_say():
+    readme = paper.README.read_text()
+    records = report.read_records(paper.HERE / "runs")
+    assert readme == report.with_claims(readme, records), "run python -m benchmarks.paper --report"
+    assert (paper.HERE / "REPORT.md").read_text() == report.text(records), "run python -m benchmarks.paper --report"
+    with pytest.raises(ValueError, match="must hold the markers"):
+        report.with_claims("no markers", records)
+
+
+def test_only_three_seeds_make_a_claim():
+    names = ("keep_rate=0.7", "keep_rate=1.0", "keep_rate=0.7,pruning=random", "keep_rate=0.7,pruning=least")
+    records = {name: [fake(name, seed, mAP=0.5) for seed in range(3)] for name in names[1:3]}
+    records[names[0]] = [fake(names[0], seed, mAP=0.5 + (seed - 0.5) / 100) for seed in range(3)]
+    records[names[3]] = [fake(names[3], seed, mAP=0.2) for seed in range(2)]
+    table = report.claims(records)
+    assert "| Table 1b: attention is above random (attention (GAP) against random) | +0.6 | +0.5 (-0.5 to +1.5) | "
+    assert "holds, not for every seed |" in table and "least" not in table
+
+
 def test_report_without_records_says_not_run():
     text = report.text({})
     assert text.count("**not run**") == sum(len(experiment.trends) for experiment in EXPERIMENTS)

@@ -21,6 +21,7 @@ from .experiments import RUNS
 from .schedule import make_all
 
 HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("evad_paper"), help="folder of checkpoints [evad_paper]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
     parser.add_argument("--list", action="store_true", help="print the runs and their seeds on record, then stop")
-    parser.add_argument("--report", action="store_true", help="only write the report")
+    parser.add_argument("--report", action="store_true", help="only write the report and the README's table")
     args = parser.parse_args(arguments)
     records = args.out / "runs"
     if args.list:
@@ -49,8 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.report:
         plan = plan._replace(steps=args.steps, start_steps=args.start_steps, clips=args.clips, device=args.device)
         make_all(plan, args.only, args.seeds, records, args.work, args.jobs)
-    (args.out / "REPORT.md").write_text(report.text(report.read_records(records)))
+    known = report.read_records(records)
+    (args.out / "REPORT.md").write_text(report.text(known))
     print(args.out / "REPORT.md")
+    if args.out == HERE:
+        README.write_text(report.with_claims(README.read_text(), known))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .experiments import EXPERIMENTS, RUNS, Experiment, Row, Trend
 
 CLAIM = 3  # seeds from which a difference in accuracy is claimed
+BEGIN, END = "<!-- paper: begin -->", "<!-- paper: end -->"
 Records = Mapping[str, Sequence[dict]]  # by run, one a seed, in the order of seeds
 
 
@@ -43,27 +45,80 @@ def _quiet(record: dict) -> bool:
     return (record["machine"]["load"] or 0.0) <= record["machine"]["threads"] + 0.5
 
 
-def verdict(trend: Trend, experiment: Experiment, records: Records) -> str:
-    """One sentence: what the paper says, and what the records say about it."""
+class Comparison(NamedTuple):
+    """A trend in the records: how far its higher row is above its lower, in the unit of the experiment."""
+
+    paper: float | None
+    gaps: list[float]  # one a seed that has both rows
+    least: float  # that the paper asks for
+    claimed: bool  # whether there are seeds enough, or it is no matter of seeds
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.gaps)
+
+    @property
+    def holds(self) -> bool:
+        return self.mean > 0 if self.least == 0 else self.mean >= self.least
+
+    @property
+    def every_seed(self) -> bool:
+        return not min(self.gaps) <= self.least < max(self.gaps)
+
+
+def compare(trend: Trend, experiment: Experiment, records: Records) -> Comparison | None:
+    """None where no seed has both rows."""
     high, low = (next(row for row in experiment.rows if row.label == label) for label in (trend.high, trend.low))
     ours = [values(row, records, experiment.unit) for row in (high, low)]
-    words = f"{trend.words} ({trend.high} against {trend.low})"
     seeds = sorted(ours[0].keys() & ours[1].keys())
     if not seeds:
-        return f"{words}: **not run**"
-    gaps = [ours[0][seed] - ours[1][seed] for seed in seeds]
-    gap = statistics.fmean(gaps)
-    least = 0.0 if trend.within is None else -trend.within
-    holds = gap > least if trend.within is None else gap >= least
-    answer = "holds" if holds else "**does not hold**"
-    asked = "" if trend.within is None else f", asked for: at least {least:+.1f}"
-    apart = f", seeds {min(gaps):+.2f} to {max(gaps):+.2f}" if len(gaps) > 1 else ""
+        return None
     kinds = {record["kind"] for row in (high, low) for record in records[row.run]}
-    if kinds != {"cost"} and len(seeds) < CLAIM:
-        answer = f"{'seen' if holds else '**not seen**'}, no claim from {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    elif min(gaps) <= least < max(gaps) and len(gaps) > 1:
-        answer += ", but not for every seed"
-    return f"{words}: {answer} ({gap:+.2f}{asked}{apart})"
+    paper = None if None in (high.paper, low.paper) else high.paper - low.paper
+    gaps = [ours[0][seed] - ours[1][seed] for seed in seeds]
+    least = 0.0 if trend.within is None else -trend.within
+    return Comparison(paper, gaps, least, kinds == {"cost"} or len(seeds) >= CLAIM)
+
+
+def verdict(trend: Trend, experiment: Experiment, records: Records) -> str:
+    """One sentence: what the paper says, and what the records say about it."""
+    words = f"{trend.words} ({trend.high} against {trend.low})"
+    found = compare(trend, experiment, records)
+    if found is None:
+        return f"{words}: **not run**"
+    if not found.claimed:
+        seen, seeds = "seen" if found.holds else "**not seen**", len(found.gaps)
+        answer = f"{seen}, no claim from {seeds} seed{'s' * (seeds > 1)}"
+    else:
+        answer = ("holds" if found.holds else "**does not hold**") + ", but not for every seed" * (not found.every_seed)
+    asked = "" if trend.within is None else f", asked for: at least {found.least:+.1f}"
+    apart = f", seeds {min(found.gaps):+.2f} to {max(found.gaps):+.2f}" if len(found.gaps) > 1 else ""
+    return f"{words}: {answer} ({found.mean:+.2f}{asked}{apart})"
+
+
+def claims(records: Records) -> str:
+    """A table of the trends that there are seeds enough for."""
+    lines = ["| what the paper shows | paper | ours, mean (seeds) | |", "| --- | --- | --- | --- |"]
+    for experiment in EXPERIMENTS:
+        for trend in experiment.trends:
+            found = compare(trend, experiment, records)
+            if found is None or not found.claimed:
+                continue
+            paper = "" if found.paper is None else f"{found.paper:+.1f}"
+            apart = f" ({min(found.gaps):+.1f} to {max(found.gaps):+.1f})" if len(found.gaps) > 1 else ""
+            answer = "not" if not found.holds else "holds" if found.every_seed else "holds, not for every seed"
+            what = f"{experiment.title.split(':')[0]}: {trend.words} ({trend.high} against {trend.low})"
+            lines.append(f"| {what} | {paper} | {found.mean:+.1f}{apart} | {answer} |")
+    return "\n".join(lines)
+
+
+def with_claims(readme: str, records: Records) -> str:
+    """``readme`` with what stands between the markers replaced."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"README.md must hold the markers {BEGIN} and {END}")
+    return f"{before}{begin}\n{claims(records)}\n{end}{after}"
 
 
 def table(experiment: Experiment, records: Records) -> list[str]:
@@ -91,6 +146,10 @@ def text(records: Records) -> str:
         f"a difference in accuracy is claimed from {CLAIM} seeds. ± is the standard deviation over seeds.",
         "",
         *_how(records),
+        "",
+        f"## What {CLAIM} seeds say",
+        "",
+        claims(records),
     ]
     for experiment in EXPERIMENTS:
         lines += ["", f"## {experiment.title}", "", *table(experiment, records), ""]
