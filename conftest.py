@@ -87,6 +87,23 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{count:6d}  {reason}")
 
 
+BROKEN_GPU = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
+_broken = False  # what fails after such an error in the same process says nothing
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    global _broken
+    report = (yield).get_result()
+    _broken |= report.failed and any(words in str(call.excinfo.value) for words in BROKEN_GPU)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if _broken and hasattr(item.config, "workerinput"):
+        os._exit(3)  # of pytest -n: another process takes over, this test counts as failed
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(request):
     """torch.empty is filled with NaN, so an output element that is never written is found."""

@@ -8,15 +8,16 @@ from torch import Tensor
 SIDE, COUNT = 224, 100
 
 
-def draw_boxes(kind: str, B: int, device: str) -> Tensor:
-    """[B, 100, 4], pixels: people of all sizes, cut at the border; or the whole frame, where EVAD's queries begin."""
+def draw_boxes(kind: str, B: int, device: str, *, count: int = COUNT, height: int = SIDE, width: int = SIDE) -> Tensor:
+    """[B, count, 4], pixels: people of all sizes, cut at the border; or the whole frame, where EVAD's queries begin."""
+    clip = torch.tensor([width, height], dtype=torch.float32)
     if kind == "whole frame":
-        return torch.tensor([0.0, 0.0, SIDE, SIDE], device=device).repeat(B, COUNT, 1)
+        return torch.cat([torch.zeros(2), clip]).to(device).repeat(B, count, 1)
     generator = torch.Generator().manual_seed(7)
-    centre = SIDE * torch.rand(B, COUNT, 2, generator=generator)
-    height = SIDE * (0.15 + 0.75 * torch.rand(B, COUNT, 1, generator=generator))
-    size = torch.cat([height * (0.3 + 0.4 * torch.rand(B, COUNT, 1, generator=generator)), height], dim=-1)
-    return torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(0, SIDE).to(device)
+    centre = clip * torch.rand(B, count, 2, generator=generator)
+    tall = height * (0.15 + 0.75 * torch.rand(B, count, 1, generator=generator))
+    size = torch.cat([tall * (0.3 + 0.4 * torch.rand(B, count, 1, generator=generator)), tall], dim=-1)
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1).clamp(min=0).minimum(clip.repeat(2)).to(device)
 
 
 def with_batch_index(boxes: Tensor) -> Tensor:

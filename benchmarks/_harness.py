@@ -1,12 +1,16 @@
 """Times ours and every rival in one process, round by round, after checking that ours is right.
 
 A round calls every contestant once, in an order that rotates, so a slow moment of the machine falls on all of them.
-Results are medians with the 20th and 80th percentiles. On a GPU a round is several calls and one synchronisation.
+Results are medians with the 20th and 80th percentiles. On a GPU a round is several calls and one synchronisation, and
+calls are replays of CUDA graphs where a contestant can be captured: what is compared is kernels, not Python. "ours,
+launched" is ours as a plain call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -20,10 +24,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import Ceilings, Work
+from benchmarks.ceilings import Ceilings, Work, captured
+from evad_kernels import _backend, use_backend
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +41,7 @@ class Contestants(NamedTuple):
     rivals: dict[str, Callable[[], object] | str]  # a string says why this rival cannot run here
     check: Callable[[], None]  # raises if ours is wrong; runs before anything is timed
     work: Work | None = None
+    waits: tuple[str, ...] = ()  # rivals that wait for the device, so that no graph can hold them
 
 
 class Goal(NamedTuple):
@@ -42,34 +49,49 @@ class Goal(NamedTuple):
 
     ``speed-up``: time(rival) / time(ours), at least ``value``. ``time``: time(ours) / time(rival), at most ``value``.
     ``harvest``: time(rival) / time(ours) / ``base``, at least ``value``, where ``base`` is how many times ours the
-    rival's operations are. ``ms``: time(ours) in milliseconds, at most ``value``. ``memory``: extra peak memory /
-    ``base`` bytes, at most it.
+    rival's operations are. ``ms``: time(ours) in milliseconds, at most ``value``. ``floor``: time(ours) / the row's
+    floor, at most ``value``. ``memory``: extra peak memory / ``base`` bytes (0: / the rival's), at most it.
     """
 
     measure: str
     value: float
-    rival: str = ""
+    rival: str | tuple[str, ...] = ""  # of several the fastest
     base: float = 0
 
-    def outcome(self, milliseconds: dict[str, float], memory: dict[str, float]) -> dict | None:
+    def outcome(
+        self, milliseconds: dict[str, float], memory: dict[str, float], floor: float | None = None
+    ) -> dict | None:
         """The goal in words, what was reached, and whether that meets it; None where it was not measured."""
+        several = (self.rival,) if isinstance(self.rival, str) else self.rival
+        rival = min((name for name in several if name in milliseconds), key=milliseconds.get, default=None)
+        name = several[0] if len(several) == 1 else f"the fastest of {', '.join(several)} ({rival})"
         if self.measure == "memory":
-            if "ours" not in memory:
+            base = self.base or memory.get(name)
+            if "ours" not in memory or not base:
                 return None
-            reached, text = memory["ours"] / self.base, f"extra memory at most {self.value:.0%} of {self.rival}"
+            reached, text = memory["ours"] / base, f"extra memory at most {self.value:.0%} of {name}"
         elif self.measure == "ms":
             reached, text = milliseconds["ours"], f"at most {self.value:g} ms"
-        elif self.rival not in milliseconds:
+        elif self.measure == "floor":
+            if floor is None:
+                return None
+            reached, text = milliseconds["ours"] / floor, f"at most {self.value:.3g} times the floor"
+        elif rival is None:
             return None
         elif self.measure == "harvest":
-            reached = milliseconds[self.rival] / milliseconds["ours"] / self.base
-            text = f"{self.value:.0%} of {self.base:.3g}x, what the operations saved from {self.rival} allow"
+            reached = milliseconds[rival] / milliseconds["ours"] / self.base
+            text = f"{self.value:.0%} of {self.base:.3g}x, what the operations saved from {name} allow"
         elif self.measure == "speed-up":
-            reached, text = milliseconds[self.rival] / milliseconds["ours"], f"at least {self.value:g}x {self.rival}"
+            reached, text = milliseconds[rival] / milliseconds["ours"], f"at least {self.value:g}x {name}"
         else:
-            reached, text = milliseconds["ours"] / milliseconds[self.rival], f"at most {self.value:g} of {self.rival}"
+            reached, text = milliseconds["ours"] / milliseconds[rival], f"at most {self.value:g} of {name}"
         met = reached >= self.value if self.measure in ("speed-up", "harvest") else reached <= self.value
         return {"goal": text, "reached": significant(reached), "met": bool(met)}
+
+
+def either(on_cpu: dict, on_gpu: dict) -> pytest.MarkDecorator:
+    """Cases of both devices; ``Contest.chosen`` skips those of the other."""
+    return pytest.mark.parametrize("case", list(dict.fromkeys((*on_cpu, *on_gpu))))
 
 
 class Contest:
@@ -78,6 +100,13 @@ class Contest:
     def __init__(self, benchmark, stem: str, ceilings: Ceilings, smoke: bool, rows: list):
         self.benchmark, self.stem, self.ceilings, self.smoke, self.rows = benchmark, stem, ceilings, smoke, rows
         self.device = ceilings.device
+
+    def chosen(self, case: str, on_cpu: dict[str, dict], on_gpu: dict[str, dict]) -> dict:
+        """The arguments of a case here; skips one of the other device."""
+        here, other = (on_cpu, "GPU") if self.device == "cpu" else (on_gpu, "CPU")
+        if case not in here:
+            pytest.skip(f"measured on a {other}")
+        return here[case]
 
     def run(
         self,
@@ -92,6 +121,7 @@ class Contest:
         gradient: bool = False,
         headline: bool = False,
         seconds: float = 3.0,
+        capture: bool = True,
         describe: Callable[[Contestants], dict] | None = None,
     ) -> None:
         """Check, time and record one case.
@@ -107,24 +137,31 @@ class Contest:
             gradient: Whether autograd is on.
             headline: Whether the row stands in the README.
             seconds: How long to time, all contestants together.
+            capture: Whether a GPU replays graphs of the contestants; False where they are graphs already.
             describe: What else the row holds, under "details"; called after timing.
         """
-        with nullcontext() if gradient else torch.inference_mode():
+        with nullcontext() if gradient else torch.inference_mode(), self._stream():
             contestants = build(device=self.device, **arguments)
             contestants.check()
             functions = {"ours": contestants.ours}
+            rivals = {**contestants.rivals, **self._other_backends(op, contestants.ours)}
             unavailable = {}
-            for name, rival in contestants.rivals.items():
+            for name, rival in rivals.items():
                 reason = rival if isinstance(rival, str) else _first_call(rival)
                 if reason is None:
                     functions[name] = rival
                 else:
                     unavailable[name] = reason
-            samples = self._time(functions, seconds)
-            details = describe(contestants) if describe else None
+            graphs = [name for name in functions if capture and name not in contestants.waits]
+            samples = self._time(functions, seconds, graphs)
+            details = describe(contestants) if describe else {}
+            if self.device == "cpu":
+                memory = measure_memory(build, arguments, warm_up or {}, gradient, memory_of)
+            else:
+                memory = {name: bytes_on_gpu(functions[name]) for name in memory_of if name in functions}
         times = {name: _percentiles(values) for name, values in samples.items()}
-        memory = measure_memory(build, arguments, warm_up or {}, gradient, memory_of, self.device)
         milliseconds = {name: time["ms"] for name, time in times.items()}
+        floor = None if contestants.work is None else self.ceilings.floor(contestants.work)
         row = {
             "bench": self.stem,
             "op": op,
@@ -132,10 +169,14 @@ class Contest:
             "headline": headline,
             "times": times,
             "unavailable": unavailable,
-            "goals": [o for goal in goals if (o := goal.outcome(milliseconds, memory)) is not None],
+            "goals": [
+                outcome
+                for goal in goals
+                if (outcome := goal.outcome(milliseconds, memory, floor and floor["ms"])) is not None
+            ],
         }
-        if contestants.work is not None:
-            floor = self.ceilings.floor(contestants.work)
+        row["goals"] += details.pop("goals", [])
+        if floor:
             row["floor"] = {**floor, "reached": significant(floor["ms"] / milliseconds["ours"])}
         if memory:
             row["memory_mb"] = {name: significant(value / 1e6) for name, value in memory.items()}
@@ -143,12 +184,31 @@ class Contest:
             row["details"] = details
         self.rows.append(row)
 
-    def _time(self, functions: dict[str, Callable], seconds: float) -> dict[str, list[float]]:
-        """Seconds of one call, for every contestant and round."""
-        names = list(functions)
+    def _stream(self) -> contextlib.AbstractContextManager:
+        """One stream for all that a row does: a backward runs where its forward did, and there it is captured."""
+        return nullcontext() if self.device == "cpu" else torch.cuda.stream(torch.cuda.Stream())
+
+    def _other_backends(self, op: str, ours: Callable) -> dict[str, Callable]:
+        """The op (its name begins the row's) on the backends of a GPU that are not chosen by themselves."""
+        op = op.partition(",")[0]
+        if self.device == "cpu" or op not in _backend.IMPLEMENTED:
+            return {}
+        here = [name for name in _backend.IMPLEMENTED[op] if _backend.DEVICE[name] == "cuda"]
+        chosen = next((name for name in here if _backend.unavailable(op, name) is None), None)
+        return {f"ours, backend {name}": on_backend(name, ours) for name in here if name != chosen}
+
+    def _time(self, functions: dict[str, Callable], seconds: float, graphs: list[str]) -> dict[str, list[float]]:
+        """Seconds of one call, for every contestant and round; on a GPU some as graphs."""
         calls = rounds = 1
+        if self.device == "cpu":
+            several = {name: functools.partial(self._calls, function) for name, function in functions.items()}
+        else:
+            several = {name: self._replays(functions[name], name in graphs) for name in functions}
+            if "ours" in graphs:
+                several["ours, launched"] = functools.partial(self._calls, functions["ours"])
+        names = list(several)
         if not self.smoke:
-            estimate = {name: min(self._once(functions[name], 1) for _ in range(2)) for name in names}
+            estimate = {name: min(self._once(several[name], 1) for _ in range(2)) for name in names}
             calls = max(1, round((100e-6 if self.device == "cpu" else 2e-3) / estimate["ours"]))
             rounds = int(np.clip(seconds / (calls * sum(estimate.values())), 5, 300))
         samples = {name: [] for name in names}
@@ -158,12 +218,12 @@ class Contest:
             shift = next(turn) % len(names)
             for name in names[shift:] + names[:shift]:
                 if name != "ours":
-                    samples[name].append(self._once(functions[name], calls))
+                    samples[name].append(self._once(several[name], calls))
 
         # pytest-benchmark times ours; its setup, which runs before every round, times the rivals.
-        self.benchmark.pedantic(lambda: self._calls(functions["ours"], calls), setup=rivals_first, rounds=rounds)
+        self.benchmark.pedantic(lambda: several["ours"](calls), setup=rivals_first, rounds=rounds)
         if self.benchmark.stats is None:  # --benchmark-disable
-            return {**samples, "ours": [self._once(functions["ours"], calls)]}
+            return {**samples, "ours": [self._once(several["ours"], calls)]}
         return {**samples, "ours": [value / calls for value in self.benchmark.stats.stats.data]}
 
     def _calls(self, function: Callable, calls: int) -> None:
@@ -172,10 +232,27 @@ class Contest:
         if self.device != "cpu":
             torch.cuda.synchronize()
 
-    def _once(self, function: Callable, calls: int) -> float:
+    def _replays(self, function: Callable, capture: bool) -> Callable[[int], None]:
+        """``_calls`` of the function's graph, or of the function where it cannot be captured."""
+        if capture:
+            try:
+                function = captured(function)
+            except Exception as error:  # what cannot be captured is timed as users call it
+                print(f"not captured: {type(error).__name__}: {str(error)[:120]}")
+        return functools.partial(self._calls, function)
+
+    def _once(self, several: Callable[[int], None], calls: int) -> float:
         begin = time.perf_counter()
-        self._calls(function, calls)
+        several(calls)
         return (time.perf_counter() - begin) / calls
+
+
+def on_backend(name: str, function: Callable[[], object]) -> Callable[[], object]:
+    def call() -> object:
+        with use_backend(name):
+            return function()
+
+    return call
 
 
 def _first_call(rival: Callable) -> str | None:
@@ -208,20 +285,31 @@ def assert_same(ours: object, rival: object) -> None:
     torch.testing.assert_close(*pair, rtol=0, atol=0)
 
 
-# Peak memory: in a fresh process, because buffers that an earlier call left behind would hide what a call needs.
+# Peak memory: bytes at the peak of one call beyond what lay there before and beyond the results. On a CPU in a fresh
+# process, because buffers that an earlier call left behind would hide what a call needs.
+
+
+def bytes_on_gpu(function: Callable[[], object]) -> float:
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - _bytes(result)
 
 
 def measure_memory(
-    build: Callable, arguments: dict, warm_up: dict, gradient: bool, names: tuple[str, ...], device: str
+    build: Callable, arguments: dict, warm_up: dict, gradient: bool, names: tuple[str, ...]
 ) -> dict[str, float]:
-    """Bytes at the peak of one call beyond what lay there before and beyond the results, for each contestant named."""
-    if device == "cpu" and not sys.platform.startswith("linux"):
+    """Bytes of a call on the CPU, for each contestant named."""
+    if not sys.platform.startswith("linux"):
         return {}
     request = [
         build.__module__,
         build.__name__,
-        {**arguments, "device": device},
-        {**arguments, **warm_up, "device": device},
+        {**arguments, "device": "cpu"},
+        {**arguments, **warm_up, "device": "cpu"},
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # where this process found ``build``
     memory = {}
@@ -245,12 +333,6 @@ def _memory_of_one_call(module: str, build: str, arguments: dict, warm_up: dict,
         contestant(warm_up)()  # loads libraries and code, starts threads
         function = contestant(arguments)
         gc.collect()
-        if arguments["device"] != "cpu":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            result = function()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before - _bytes(result)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before = _status("VmRSS")

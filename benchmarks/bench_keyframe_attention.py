@@ -5,34 +5,58 @@ from __future__ import annotations
 import functools
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 import evad_kernels
-from benchmarks._harness import Contestants, Goal, draw
+from benchmarks._harness import Contestants, Goal, assert_same, draw, either
 from benchmarks.ceilings import Work
 from evad_kernels.testing import assert_accurate
 
 ROWS = 128  # of a block of the composite and of the truth
 
+
 # name: (arguments, goals); the sizes are those of ViT-B's first pruned layer at short sides 224, 288 and 384
-TOPK = {
-    f"{dtype} N{N} B{B}": {"B": B, "H": 12, "N": N, "D": 64, "dtype": dtype}
-    for dtype in ("bfloat16", "float32")
-    for B, N in ((1, 1568), (8, 1568), (1, 784), (1, 2592), (1, 4608))
+def cases(dtype: str, *sizes: tuple[int, int], D: int = 64) -> dict[str, dict]:
+    width = "" if D == 64 else f" D{D}"
+    return {f"{dtype} N{N} B{B}{width}": {"B": B, "H": 12, "N": N, "D": D, "dtype": dtype} for B, N in sizes}
+
+
+LENGTHS = (1568, 2592, 4608)
+EVERY_LENGTH = [(8, N) for N in LENGTHS]
+ON_CPU = [(1, 1568), (8, 1568), (1, 784), (1, 2592), (1, 4608)]
+TOPK = cases("bfloat16", *ON_CPU) | cases("float32", *ON_CPU)
+TOPK_GPU = {
+    **cases("bfloat16", *EVERY_LENGTH),
+    **cases("bfloat16", *((1, N) for N in LENGTHS)),
+    **cases("bfloat16", *EVERY_LENGTH, D=128),
+    **cases("float32", (8, 1568)),
 }
 GOALS = {
     "bfloat16 N1568 B1": (Goal("speed-up", 8, "eager"), Goal("time", 0.9, "SDPA alone")),
     "float32 N1568 B1": (Goal("speed-up", 3.5, "eager"), Goal("time", 1.0, "SDPA alone")),
 }
+SDPA = tuple(f"SDPA {name}" for name in ("flash", "cudnn", "efficient"))
+COLREDUCE = tuple(f"{name} + flash-colreduce" for name in SDPA)
+GOALS_GPU = (
+    Goal("speed-up", 4.5, "eager"),
+    Goal("speed-up", 9, "eager, float32"),
+    Goal("speed-up", 2, COLREDUCE),
+    Goal("speed-up", 1.6, "FlexAttention, roles swapped"),
+)
 PLAIN = {
     f"{dtype} {name}": {"B": 1, "H": H, "N": N, "D": 64, "dtype": dtype}
     for dtype in ("bfloat16", "float32")
     for name, H, N in (("encoder N1568", 12, 1568), ("decoder N639 H6", 6, 639))
 }
+PLAIN_GPU = {
+    **cases("bfloat16", *EVERY_LENGTH),
+    "bfloat16 decoder N639 B8": {"B": 8, "H": 6, "N": 639, "D": 64, "dtype": "bfloat16"},
+}
+IMPORTANCE_GPU = cases("bfloat16", *EVERY_LENGTH) | cases("bfloat16", *EVERY_LENGTH, D=128)
 BACKWARD = {
     f"{dtype} N1568 B1{', importance too' if through_importance else ''}": {
         "B": 1,
@@ -43,6 +67,14 @@ BACKWARD = {
         "through_importance": through_importance,
     }
     for dtype, through_importance in (("bfloat16", False), ("float32", False), ("float32", True))
+}
+BACKWARD_GPU = {
+    name: {**shape, "through_importance": False} for name, shape in cases("bfloat16", *EVERY_LENGTH).items()
+} | {
+    "bfloat16 N1568 B8, importance too": {
+        **cases("bfloat16", (8, 1568))["bfloat16 N1568 B8"],
+        "through_importance": True,
+    }
 }
 
 
@@ -91,7 +123,44 @@ def composite(query, key, value, num_keyframe, num_select):
 
 @functools.cache
 def compiled(function):
+    torch._dynamo.config.recompile_limit = 100  # a graph for every shape
     return torch.compile(function, dynamic=False)
+
+
+# Rivals on a GPU: the importance in float32, as ours.
+
+
+def sdpa(name: str, query, key, value):
+    """torch's attention by one of its libraries."""
+    kinds = {
+        "SDPA flash": SDPBackend.FLASH_ATTENTION,
+        "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
+        "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+    with sdpa_kernel(kinds[name]):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+def with_colreduce(name: str, query, key, value, num_keyframe, num_select):
+    """SDPA for the output, flash-colreduce for the column sums, topk, sort, gather."""
+    from flash_colreduce import flash_colreduce
+
+    received = flash_colreduce(query, key, reduction="sum")  # [B, H, N]
+    importance = received[..., num_keyframe:].float().mean(1) / key.shape[2]
+    return keep(sdpa(name, query, key, value), importance, num_keyframe, num_select)
+
+
+def swapped_flex(attend, query, key, value, num_keyframe, num_select):
+    """FlexAttention twice: output and log-sum-exp of rows; then the roles swapped, whose log-sum-exp is of columns."""
+    output, aux = attend(query, key, value, return_aux=AuxRequest(lse=True))
+    lse = aux.lse
+
+    def minus_lse(score, b, h, key_row, query_row):
+        return score - lse[b, h, query_row]
+
+    columns = key[:, :, num_keyframe:]
+    _, swapped = attend(columns, query, query, score_mod=minus_lse, return_aux=AuxRequest(lse=True))
+    return keep(output, swapped.lse.exp().mean(1) / key.shape[2], num_keyframe, num_select)
 
 
 def work(B, H, N, D, dtype):
@@ -129,6 +198,29 @@ def check_topk(result, query, key, value):
     assert true_importance[~dropped].min() >= true_importance[dropped].max() * (1 - 1e-6), "a wrong token is kept"
 
 
+def work_topk(B, H, N, D, dtype):
+    """Both passes: the map once for the output, its columns that may be selected once more for their sums."""
+    plain, columns = work(B, H, N, D, dtype), N - N // 8
+    return plain._replace(
+        flops=plain.flops + 2 * B * H * N * columns * D, exps=plain.exps + B * H * N * columns
+    )  # bytes: queries and keys again, from cache
+
+
+def rivals_on_gpu(query, key, value):
+    N = query.shape[2]
+    wide = [x.float() for x in (query, key, value)]
+    rivals = {"eager, float32": lambda: eager(*wide, **counts(N))}
+    for name in SDPA:
+        rivals[f"{name} alone"] = functools.partial(sdpa, name, query, key, value)
+        rivals[f"{name} + flash-colreduce"] = functools.partial(with_colreduce, name, query, key, value, **counts(N))
+    if query.shape[0] > 1 and query.shape[3] == 64 and query.dtype != torch.float32:  # compiles for half a minute
+        attend = compiled(flex_attention)
+        rivals["FlexAttention, roles swapped"] = lambda: swapped_flex(attend, query, key, value, **counts(N))
+    if N == 1568 and query.shape[3] == 64:
+        rivals["compiled eager"] = lambda: compiled(eager)(query, key, value, **counts(N))
+    return rivals
+
+
 def build_topk(device, **shape):
     query, key, value = inputs(**shape, device=device)
     N = shape["N"]
@@ -136,8 +228,11 @@ def build_topk(device, **shape):
     def ours():
         return evad_kernels.keyframe_attention_topk(query, key, value, **counts(N))
 
-    rivals = {
-        "eager": lambda: eager(query, key, value, **counts(N)),
+    rivals = {"eager": lambda: eager(query, key, value, **counts(N))}
+    if query.is_cuda:
+        rivals |= rivals_on_gpu(query, key, value)
+        return Contestants(ours, rivals, lambda: check_topk(ours(), query, key, value), work_topk(**shape))
+    rivals |= {
         "SDPA alone": lambda: F.scaled_dot_product_attention(query, key, value),
         "SDPA + column sum": lambda: composite(query, key, value, **counts(N)),
     }
@@ -148,20 +243,28 @@ def build_topk(device, **shape):
     return Contestants(ours, rivals, lambda: check_topk(ours(), query, key, value), work(**shape))
 
 
-@pytest.mark.parametrize("case", TOPK)
+@either(TOPK, TOPK_GPU)
 def bench_topk(contest, case):
-    shape = TOPK[case]
+    shape = contest.chosen(case, TOPK, TOPK_GPU)
     eager_map = shape["B"] * shape["H"] * shape["N"] ** 2 * getattr(torch, shape["dtype"]).itemsize
-    main = shape["B"] == 1 and shape["N"] == 1568
+    main = shape["N"] == 1568 and shape["D"] == 64
+    if contest.device == "cpu":
+        goals = (*GOALS.get(case, ()), Goal("memory", 0.05, "the eager map", eager_map))
+        memory_of = ("ours", "eager", "SDPA alone", "SDPA + column sum") if main and shape["B"] == 1 else ()
+    else:
+        memory = Goal("memory", 0.02, "the eager map", eager_map)
+        goals = (*GOALS_GPU, memory) if shape["D"] == 64 and shape["B"] == 8 and shape["dtype"] == "bfloat16" else ()
+        memory_of = ("ours", "eager", *COLREDUCE[:1], "FlexAttention, roles swapped")
     contest.run(
         "keyframe_attention_topk",
         case,
         build_topk,
         shape,
-        goals=(*GOALS.get(case, ()), Goal("memory", 0.05, "the eager map", eager_map)),
-        memory_of=("ours", "eager", "SDPA alone", "SDPA + column sum") if main else (),
+        goals=goals,
+        memory_of=memory_of,
         warm_up={"N": 256},
-        headline=shape["N"] == 1568,
+        headline=main if contest.device == "cpu" else shape["D"] == 64,
+        seconds=3.0 if contest.device == "cpu" else 1.0,
     )
 
 
@@ -172,23 +275,95 @@ def build_plain(device, **shape):
         return evad_kernels.keyframe_attention(query, key, value, num_keyframe=shape["N"])
 
     def check():
+        last = [x[-1:] for x in (query, key, value)]
         with evad_kernels.use_backend("reference"):
-            reference = evad_kernels.keyframe_attention(query, key, value, num_keyframe=shape["N"]).output
-        assert_accurate(ours().output, reference, truth(query, key, value)[0], label="output")
+            reference = evad_kernels.keyframe_attention(*last, num_keyframe=shape["N"]).output
+        assert_accurate(ours().output[-1:], reference, truth(*last)[0], label="output")
 
+    alone = {"SDPA alone": lambda: F.scaled_dot_product_attention(query, key, value)}
+    if query.is_cuda:
+        alone = {name: functools.partial(sdpa, name, query, key, value) for name in SDPA}
     rivals = {
-        "SDPA alone": lambda: F.scaled_dot_product_attention(query, key, value),
+        **alone,
         "eager": lambda: (query * shape["D"] ** -0.5 @ key.transpose(-1, -2)).softmax(-1) @ value,
     }
     return Contestants(ours, rivals, check, work(**shape))
 
 
-@pytest.mark.parametrize("case", PLAIN)
+@either(PLAIN, PLAIN_GPU)
 def bench_plain(contest, case):
     """Blocks that do not prune: every token counts as the keyframe's, and no importance is computed."""
+    goal = Goal("speed-up", 1, "SDPA alone" if contest.device == "cpu" else SDPA)
     contest.run(
-        "keyframe_attention", case, build_plain, PLAIN[case], goals=(Goal("speed-up", 1, "SDPA alone"),), headline=True
+        "keyframe_attention",
+        case,
+        build_plain,
+        contest.chosen(case, PLAIN, PLAIN_GPU),
+        goals=(goal,),
+        headline=True,
+        seconds=3.0 if contest.device == "cpu" else 0.5,
     )
+
+
+def build_importance(device, **shape):
+    """Attention with its importance beside the fastest attention without."""
+    query, key, value = inputs(**shape, device=device)
+    N = shape["N"]
+
+    def ours():
+        return evad_kernels.keyframe_attention(query, key, value, num_keyframe=N // 8)
+
+    def plain():
+        return evad_kernels.keyframe_attention(query, key, value, num_keyframe=N).output
+
+    def check():
+        output, importance = (x[-1:] for x in ours())
+        last = [x[-1:] for x in (query, key, value)]
+        with evad_kernels.use_backend("reference"):
+            references = evad_kernels.keyframe_attention(*last, num_keyframe=N // 8)
+        for got, reference, true in zip((output, importance), references, truth(*last), strict=True):
+            assert_accurate(got, reference, true, label="output and importance")
+
+    rivals = {"ours, without importance": plain}
+    rivals |= {name: functools.partial(sdpa, name, query, key, value) for name in SDPA}
+    return Contestants(ours, rivals, check, work_topk(**shape))
+
+
+@either({}, IMPORTANCE_GPU)
+def bench_importance(contest, case):
+    shape = contest.chosen(case, {}, IMPORTANCE_GPU)
+    plain = ("ours, without importance", *SDPA)
+    contest.run(
+        "keyframe_attention with importance",
+        case,
+        build_importance,
+        shape,
+        goals=(Goal("time", 1.5, plain),) if shape["D"] == 64 else (),
+        seconds=0.5,
+    )
+
+
+def build_score(device, **shape):
+    """The score pass alone, from the rows' log-sum-exp: its floor is the exponentials of the columns summed."""
+    from evad_kernels import keyframe_attention_triton as kernels
+
+    query, key, value = inputs(**shape, device=device)
+    B, H, N, D, dtype = (shape[name] for name in ("B", "H", "N", "D", "dtype"))
+    _, importance, lse = kernels.forward(query, key, value, N // 8, 1.0, D**-0.5)
+
+    def ours():
+        return kernels.score(query, key, lse, N // 8, 1.0, D**-0.5)
+
+    pairs = B * H * N * (N - N // 8)
+    work = Work(flops=2 * pairs * D, exps=pairs, dtype=getattr(torch, dtype))
+    return Contestants(ours, {}, lambda: assert_same(ours(), importance), work)
+
+
+@either({}, IMPORTANCE_GPU)
+def bench_score(contest, case):
+    shape = contest.chosen(case, {}, IMPORTANCE_GPU)
+    goals = (Goal("floor", 1.35),) if shape["D"] == 64 else ()
+    contest.run("keyframe_attention, score pass", case, build_score, shape, goals=goals, seconds=0.5)
 
 
 def build_backward(device, through_importance, **shape):
@@ -205,9 +380,10 @@ def build_backward(device, through_importance, **shape):
             return torch.autograd.grad(output, leaves, grad_output)
         return torch.autograd.grad([output, importance], leaves, [grad_output, grad_importance.to(importance.dtype)])
 
-    def sdpa():
-        grad = F.pad(grad_output, (0, 0, 0, N - rows))
-        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, grad)
+    padded = F.pad(grad_output, (0, 0, 0, N - rows))
+
+    def alone():
+        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, padded)
 
     def check():
         with evad_kernels.use_backend("reference"):
@@ -228,7 +404,10 @@ def build_backward(device, through_importance, **shape):
         ):
             assert_accurate(*triple, label=f"grad_{name}")
 
-    rivals = {"eager": lambda: through(eager), "SDPA alone": sdpa}
+    rivals = {"eager": lambda: through(eager), "SDPA alone": alone}
+    if leaves[0].is_cuda:
+        del rivals["SDPA alone"]
+        rivals |= {name: lambda name=name: torch.autograd.grad(sdpa(name, *leaves), leaves, padded) for name in SDPA}
     B, H, D, dtype = (shape[name] for name in ("B", "H", "D", "dtype"))
     backward_rows = N if through_importance else rows
     forward = work(**shape)
@@ -237,14 +416,56 @@ def build_backward(device, through_importance, **shape):
     return Contestants(lambda: through(fused), rivals, check, floor)
 
 
-@pytest.mark.parametrize("case", BACKWARD)
+@either(BACKWARD, BACKWARD_GPU)
 def bench_backward(contest, case):
     contest.run(
         "keyframe_attention_topk, forward + backward",
         case,
         build_backward,
-        BACKWARD[case],
-        goals=(Goal("speed-up", 2.5, "eager"),),
+        contest.chosen(case, BACKWARD, BACKWARD_GPU),
+        goals=(Goal("speed-up", 2.5 if contest.device == "cpu" else 4, "eager"),),
         gradient=True,
         headline=True,
+        seconds=3.0 if contest.device == "cpu" else 1.0,
+    )
+
+
+def build_backward_alone(device, **shape):
+    """The backward of the kept rows beside full backwards of the fastest attentions, each on its own graph."""
+    leaves = inputs(**shape, device=device, gradient=True)
+    N, rows = shape["N"], sum(counts(shape["N"]).values())
+    grad = draw(shape["B"], shape["H"], N, shape["D"], seed=3, dtype=leaves[0].dtype, device=device)
+    kept = grad[:, :, :rows]
+
+    def of(output, grad_output):
+        return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
+
+    def of_sdpa(name):
+        output = []
+
+        def call():
+            output[:] = output or [sdpa(name, *leaves)]
+            return of(output[0], grad)()
+
+        return call
+
+    whole = evad_kernels.keyframe_attention(*leaves, num_keyframe=N).output
+    rivals = {"ours, all rows": of(whole, grad), **{name: of_sdpa(name) for name in SDPA}}
+    B, H, D, dtype = (shape[name] for name in ("B", "H", "D", "dtype"))
+    work = Work(flops=10 * B * H * rows * N * D, exps=B * H * rows * N, dtype=getattr(torch, dtype))
+    output = evad_kernels.keyframe_attention_topk(*leaves, **counts(N)).output
+    # What it computes is checked by the row of forward + backward.
+    return Contestants(of(output, kept), rivals, lambda: None, work)
+
+
+@either({}, cases("bfloat16", *EVERY_LENGTH))
+def bench_backward_alone(contest, case):
+    contest.run(
+        "keyframe_attention_topk, backward of kept rows",
+        case,
+        build_backward_alone,
+        contest.chosen(case, {}, cases("bfloat16", *EVERY_LENGTH)),
+        goals=(Goal("speed-up", 1.2, SDPA),),
+        gradient=True,
+        seconds=1.0,
     )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import evad_kernels
 from benchmarks._boxes import SIDE, draw_boxes, torchvision_roi_align, with_batch_index
-from benchmarks._harness import Contestants, Goal, draw
+from benchmarks._harness import Contestants, Goal, draw, either
 from benchmarks.ceilings import Work
 from evad_kernels.pyramid_roi_align import level_of
 from evad_kernels.testing import assert_accurate
@@ -19,15 +18,29 @@ CASES = {
     "float32 whole frame B1": {"B": 1, "boxes": "whole frame", "dtype": "float32"},
     "float32 people B8": {"B": 8, "boxes": "people", "dtype": "float32"},
 }
+CASES_GPU = {
+    "bfloat16 people B8": {"B": 8, "boxes": "people", "dtype": "bfloat16"},
+    "bfloat16 whole frame B8": {"B": 8, "boxes": "whole frame", "dtype": "bfloat16"},
+    "bfloat16 people B8, channels last": {"B": 8, "boxes": "people", "dtype": "bfloat16", "channels_last": True},
+    "float32 people B8": {"B": 8, "boxes": "people", "dtype": "float32"},
+    "bfloat16 people B1": {"B": 1, "boxes": "people", "dtype": "bfloat16"},
+    "bfloat16 people B8, 1 box a clip": {"B": 8, "boxes": "people", "dtype": "bfloat16", "count": 1},
+    "bfloat16 people B8, 1000 boxes a clip": {"B": 8, "boxes": "people", "dtype": "bfloat16", "count": 1000},
+}
+BACKWARD = {"float32 people B1": {**CASES["float32 people B1"], "backward": True}}
+BACKWARD_GPU = {name: {**CASES_GPU[name], "backward": True} for name in tuple(CASES_GPU)[:2]}
+TORCHVISION = "torchvision, level by level"
 
 
-def build(device, B, boxes, dtype, backward=False):
+def build(device, B, boxes, dtype, count=100, channels_last=False, backward=False):
     dtype = getattr(torch, dtype)
     levels = [
         draw(B, C, SIDE // stride, SIDE // stride, seed=stride, dtype=dtype, device=device).requires_grad_(backward)
         for stride in STRIDES
     ]
-    boxes = draw_boxes(boxes, B, device)
+    if channels_last:
+        levels = [level.contiguous(memory_format=torch.channels_last) for level in levels]
+    boxes = draw_boxes(boxes, B, device, count=count)
     roi_align = torchvision_roi_align()
 
     def align(levels=levels):
@@ -81,33 +94,36 @@ def build(device, B, boxes, dtype, backward=False):
     rivals = {
         "reference": timed(on_reference),
         "plain torch, level by level": timed(lambda: level_by_level(separable)),
-        "torchvision, level by level": roi_align
-        if isinstance(roi_align, str)
-        else timed(lambda: level_by_level(torchvision)),
+        TORCHVISION: roi_align if isinstance(roi_align, str) else timed(lambda: level_by_level(torchvision)),
     }
     samples = boxes.shape[0] * boxes.shape[1] * C * 49 * levels[0].element_size()
-    return Contestants(timed(align), rivals, check, Work(bytes=2 * samples))
+    waits = tuple(name for name in rivals if "level by level" in name)
+    return Contestants(timed(align), rivals, check, Work(bytes=2 * samples), waits)
 
 
-@pytest.mark.parametrize("case", CASES)
+@either(CASES, CASES_GPU)
 def bench_forward(contest, case):
+    on_cpu = contest.device == "cpu"
+    goals = (Goal("speed-up", 10, "reference"),) if case == "float32 people B1" else ()
     contest.run(
         "pyramid_roi_align",
         case,
         build,
-        CASES[case],
-        goals=(Goal("speed-up", 10, "reference"),) if case == "float32 people B1" else (),
-        headline=case.endswith("people B1"),
-        seconds=2.0,
+        contest.chosen(case, CASES, CASES_GPU),
+        goals=goals if on_cpu else (Goal("speed-up", 4, TORCHVISION),),
+        headline=case.endswith("people B1" if on_cpu else "people B8"),
+        seconds=2.0 if on_cpu else 0.5,
     )
 
 
-def bench_backward(contest):
+@either(BACKWARD, BACKWARD_GPU)
+def bench_backward(contest, case):
     contest.run(
         "pyramid_roi_align, backward",
-        "float32 people B1",
+        case,
         build,
-        {**CASES["float32 people B1"], "backward": True},
+        contest.chosen(case, BACKWARD, BACKWARD_GPU),
+        goals=() if contest.device == "cpu" else (Goal("speed-up", 4, TORCHVISION),),
         gradient=True,
-        seconds=2.0,
+        seconds=2.0 if contest.device == "cpu" else 0.5,
     )

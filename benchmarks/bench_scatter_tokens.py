@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import evad_kernels
-from benchmarks._harness import Contestants, Goal, assert_same, draw
+from benchmarks._harness import Contestants, Goal, assert_same, draw, either
 from benchmarks.ceilings import Work
 
-# The decoder's width, and the tokens kept after three prunings at 0.7, for short sides 224 and 288.
-SIZES = {"224": ((8, 14, 14), 539), "288": ((8, 18, 18), 890)}
+# The decoder's width, and the tokens kept after three prunings at 0.7, by size of the clip.
+SIZES = {"224": ((8, 14, 14), 539), "288": ((8, 18, 18), 890), "288x512": ((8, 18, 32), 1582)}
 CASES = {
     f"{dtype} {size} B{B}, fill {fill}": {"B": B, "size": size, "fill": fill, "dtype": dtype}
     for dtype, size, B, fill in (
@@ -21,6 +20,10 @@ CASES = {
         ("float32", "224", 8, "[cells, C]"),
         ("float32", "288", 1, "[cells, C]"),
     )
+}
+CASES_GPU = {
+    f"{dtype} {size} B8, fill [cells, C]": {"B": 8, "size": size, "fill": "[cells, C]", "dtype": dtype}
+    for dtype, size in (("bfloat16", "288x512"), ("bfloat16", "224"), ("bfloat16", "288"), ("float32", "288x512"))
 }
 C = 384
 
@@ -63,31 +66,41 @@ def build(device, B, size, fill, dtype, gradient=False):
 
     forward = grad.nbytes + tokens.nbytes + (0 if blank is None else min(blank.nbytes, grad.nbytes - tokens.nbytes))
     work = Work(bytes=2 * forward if gradient else forward)
-    return Contestants(
-        ours, {"torch.scatter + fill": through(scattered), "boolean mask + fill": through(masked)}, check, work
-    )
+    rivals = {"torch.scatter + fill": through(scattered), "boolean mask + fill": through(masked)}
+    return Contestants(ours, rivals, check, work, waits=("boolean mask + fill",))
 
 
-@pytest.mark.parametrize("case", CASES)
+@either(CASES, CASES_GPU)
 def bench_scatter(contest, case):
+    on_cpu = contest.device == "cpu"
+    goals = [Goal("speed-up", 1, "torch.scatter + fill")]
+    if not on_cpu:
+        goals += [Goal("speed-up", 4, "boolean mask + fill"), Goal("floor", 1 / 0.7)]
     contest.run(
         "scatter_tokens",
         case,
         build,
-        CASES[case],
-        goals=(Goal("speed-up", 1, "torch.scatter + fill"),),
-        headline=case == "float32 224 B1, fill [cells, C]",
-        seconds=1.0,
+        contest.chosen(case, CASES, CASES_GPU),
+        goals=tuple(goals),
+        headline=case in ("float32 224 B1, fill [cells, C]", "bfloat16 288x512 B8, fill [cells, C]"),
+        seconds=1.0 if on_cpu else 0.5,
     )
 
 
-@pytest.mark.parametrize("fill", ["none", "[cells, C]"])
-def bench_backward(contest, fill):
+BACKWARD = {
+    f"float32 224 B1, fill {fill}": {"B": 1, "size": "224", "fill": fill, "dtype": "float32", "gradient": True}
+    for fill in ("none", "[cells, C]")
+}
+BACKWARD_GPU = {name: {**case, "gradient": True} for name, case in CASES_GPU.items() if "bfloat16 288x512" in name}
+
+
+@either(BACKWARD, BACKWARD_GPU)
+def bench_backward(contest, case):
     contest.run(
         "scatter_tokens, forward + backward",
-        f"float32 224 B1, fill {fill}",
+        case,
         build,
-        {"B": 1, "size": "224", "fill": fill, "dtype": "float32", "gradient": True},
+        contest.chosen(case, BACKWARD, BACKWARD_GPU),
         goals=(Goal("speed-up", 1, "torch.scatter + fill"),),
         gradient=True,
         seconds=1.0,

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
+import torch
 
 from benchmarks import report
 from benchmarks._harness import Contest
 from benchmarks.ceilings import Ceilings
+from evad_kernels import _backend
 
 
 def pytest_configure(config):
     config.benchmark_rows = []
     config.benchmark_ceilings = Ceilings(config.getoption("--benchmark-device"))
+    _backend.BY_NAME_ONLY.clear()  # kernels that "auto" leaves alone until they are tested are measured all the same
 
 
 @pytest.fixture
 def contest(request, benchmark):
     config = request.config
-    return Contest(
-        benchmark,
-        request.path.stem.removeprefix("bench_"),
-        config.benchmark_ceilings,
-        config.getoption("--benchmark-smoke"),
-        config.benchmark_rows,
-    )
+    rows: list[dict] = []
+    smoke = config.getoption("--benchmark-smoke")
+    yield Contest(benchmark, request.path.stem.removeprefix("bench_"), config.benchmark_ceilings, smoke, rows)
+    config.benchmark_rows += rows
+    if config.benchmark_ceilings.device != "cpu":  # graphs of this row hold memory
+        gc.collect()
+        torch.cuda.empty_cache()
+    if rows and not smoke:  # at once: a run that is stopped keeps what it measured
+        report.record(rows, config.benchmark_ceilings)
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -34,6 +41,6 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--benchmark-smoke"):
         terminalreporter.write_line("one round each: nothing was measured, nothing is written")
         return
-    path = report.record(config.benchmark_rows, config.benchmark_ceilings)
     report.update()
+    path = report.path_of(report.machine(config.benchmark_ceilings), config.benchmark_ceilings.device)
     terminalreporter.write_line(f"written: {path.relative_to(config.rootpath)}; tables and plot follow it")

@@ -39,7 +39,7 @@ def machine(ceilings: Ceilings) -> dict:
     with contextlib.suppress(PackageNotFoundError):
         software["triton"] = version("triton")
     if torch.version.cuda and ceilings.device != "cpu":
-        software["cuda"] = torch.version.cuda
+        software |= {"cuda": torch.version.cuda, "driver": _driver()}
     return {"hardware": hardware, "system": platform.platform(terse=True), **software, "ceilings": ceilings.summary()}
 
 
@@ -48,6 +48,14 @@ def _cpu_name() -> str:
         return re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
     except (OSError, TypeError):
         return platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def _cpu_flags() -> set[str]:
@@ -67,15 +75,20 @@ def commit() -> str:
         changed = git("status", "--porcelain", "--", "evad_kernels", "csrc", "evad", "benchmarks/*.py")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("EVAD_KERNELS_COMMIT", "unknown")  # a copy of a checkout may come without .git
+
+
+def path_of(here: dict, device: str) -> Path:
+    """A machine's file."""
+    slug = re.sub(r"\((r|tm)\)|processor|cpu @.*", "", here["hardware"].split(", ")[0].lower())
+    cores = f"-{os.cpu_count()}-cores" if device == "cpu" else ""
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", slug).strip("-") + cores + ".json")
 
 
 def record(rows: list[dict], ceilings: Ceilings) -> Path:
     """Merge ``rows`` into this machine's file and return its path."""
     here = machine(ceilings)
-    slug = re.sub(r"\((r|tm)\)|processor|cpu @.*", "", here["hardware"].split(", ")[0].lower())
-    cores = f"-{os.cpu_count()}-cores" if ceilings.device == "cpu" else ""
-    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", slug).strip("-") + cores + ".json")
+    path = path_of(here, ceilings.device)
     stamp = {"commit": commit(), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
     fresh = {identity(row): {**row, **stamp} for row in rows}
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -176,7 +189,7 @@ def table(rows: list[dict], columns: tuple[str, ...]) -> str:
 
 
 def heading(here: dict) -> str:
-    software = ", ".join(f"{name} {here[name]}" for name in ("torch", "triton", "cuda") if name in here)
+    software = ", ".join(f"{name} {here[name]}" for name in ("torch", "triton", "cuda", "driver") if name in here)
     rates = (f"{name.rpartition(' ')[0]} {rate:g} {name.rpartition(' ')[2]}" for name, rate in here["ceilings"].items())
     return f"**{here['hardware']}**; {software}. Ceilings, measured: {', '.join(rates)}."
 
@@ -350,9 +363,10 @@ def training_table(rows: list[dict]) -> str:
     body = []
     for row in rows:
         times, memory = milliseconds(row), row["details"]["training_mb"]
-        if "backend reference" in row["times"]:
-            times["0.7, plain PyTorch"] = row["times"]["backend reference"]["ms"]
-            memory = memory | {"rate 0.7, plain PyTorch": memory["backend reference"]}
+        for rival, name in (("backend reference", "0.7, plain PyTorch"), ("eager", "0.7, eager")):
+            if rival in row["times"] and rival in memory:
+                times[name] = row["times"][rival]["ms"]
+                memory = memory | {f"rate {name}": memory[rival]}
         for rate, ms in times.items():
             megabytes = memory[f"rate {rate}"]
             saved = f"{1 - ms / times['1.0']:.0%}", f"{1 - megabytes / memory['rate 1.0']:.0%}"
@@ -390,25 +404,35 @@ def plot(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    pattern = re.compile(r"(\w+) N(\d+) B1$")
-    rows = [(match[1], int(match[2]), row) for row in result["rows"] if (match := pattern.match(row["case"]))]
-    rows = [row for row in rows if row[2]["op"] == "keyframe_attention_topk"]
-    dtypes = sorted({dtype for dtype, _, _ in rows})
-    if not dtypes:
+    pattern = re.compile(r"(\w+) N(\d+) B(\d+)$")
+    of_op = [row for row in result["rows"] if row["op"] == "keyframe_attention_topk"]
+    found = [(match[1], int(match[2]), int(match[3]), row) for row in of_op if (match := pattern.match(row["case"]))]
+    if not found:
         return
+    batches = [batch for _, _, batch, _ in found]
+    batch = max(batches, key=lambda batch: (batches.count(batch), batch))  # the one with most lengths
+    rows = [(dtype, N, row) for dtype, N, of_batch, row in found if of_batch == batch]
+    lengths = {dtype: len({N for name, N, _ in rows if name == dtype}) for dtype, _, _ in rows}
+    dtypes = sorted(dtype for dtype, number in lengths.items() if number > 1 or number == max(lengths.values()))
     figure, axes = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False)
     styles = {
         "ours": {"color": "#c0392b", "linewidth": 2.5, "marker": "o"},
         "eager": {"color": "#7f8c8d", "marker": "s"},
         "SDPA + column sum": {"color": "#2980b9", "marker": "^"},
+        "SDPA flash + flash-colreduce": {"color": "#2980b9", "marker": "^"},
+        "SDPA cudnn + flash-colreduce": {"color": "#8e44ad", "marker": "^"},
+        "FlexAttention, roles swapped": {"color": "#27ae60", "marker": "D"},
         "SDPA alone": {"color": "#2980b9", "linestyle": "--", "marker": "v"},
+        "SDPA flash alone": {"color": "#2980b9", "linestyle": "--", "marker": "v"},
+        "SDPA cudnn alone": {"color": "#8e44ad", "linestyle": "--", "marker": "v"},
     }
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         chosen = sorted((N, row) for name, N, row in rows if name == dtype)
         for name, style in styles.items():
             points = [(N, row["times"][name]["ms"]) for N, row in chosen if name in row["times"]]
-            label = {"ours": "keyframe_attention_topk", "SDPA alone": "SDPA alone (no importance)"}.get(name, name)
-            axis.plot(*zip(*points, strict=True), label=label, **style)
+            label = {"ours": "keyframe_attention_topk"}.get(name, name.replace("alone", "alone (no importance)"))
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, **style)
         axis.plot(
             [N for N, _ in chosen],
             [row["floor"]["ms"] for _, row in chosen],
@@ -420,7 +444,7 @@ def plot(result: dict, path: Path) -> None:
         axis.set_xticks([N for N, _ in chosen], [str(N) for N, _ in chosen])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("ms (12 heads of 64, batch 1)")
+    axes[0][0].set_ylabel(f"ms (12 heads of 64, batch {batch})")
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

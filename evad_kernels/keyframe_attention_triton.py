@@ -553,9 +553,19 @@ def forward(
         exponent,
         **tuned,
     )
-    if M == 0:
-        return output, importance, lse
+    if M > 0:
+        importance = score(query, key, lse, num_keyframe, keyframe_weight, scale)
+    return output, importance, lse
+
+
+def score(query: Tensor, key: Tensor, lse: Tensor, num_keyframe: int, keyframe_weight: float, scale: float) -> Tensor:
+    """The importance, from what ``forward`` wrote of each row's softmax."""
+    B, H, N, _ = query.shape
+    M = N - num_keyframe
     received = query.new_empty(B, H, M, dtype=torch.float64)
+    importance = query.new_empty(B, M, dtype=torch.float32)
+    vector, (query, key) = _common_vector(query, key)
+    exponent, sign = _exponent(scale)
     form, tuned = _tuned("score", query, vector, sign)
     launch(
         keyframe_attention_score_kernel,
@@ -583,7 +593,7 @@ def forward(
         M,
         BLOCK=BLOCK,
     )
-    return output, importance, lse
+    return importance
 
 
 def forward_topk(

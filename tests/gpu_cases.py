@@ -1,10 +1,11 @@
 """Every op, forward and backward, as tests/test_gpu.py and compute-sanitizer run it.
 
-python gpu_cases.py triton|cuda    every op of a backend once on a GPU, with hostile inputs of odd sizes
+python gpu_cases.py triton|cuda [OP ...]    ops (all) of a backend once on a GPU, with hostile inputs of odd sizes
 """
 
 import math
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -138,16 +139,27 @@ def step(case, tensors, grads=None):
     return [*([outputs] if isinstance(outputs, Tensor) else outputs), *found]
 
 
-def main(backend):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for op, case in hostile(dtype).items():
-            if _backend.unavailable(op, backend) is None:
-                print(op, dtype, flush=True)
+def main(backend, *ops):
+    failed = 0
+    for op in ops or _backend.IMPLEMENTED:
+        if (reason := _backend.unavailable(op, backend)) is not None:
+            print(f"{op}: backend {backend}: {reason}", flush=True)
+            continue
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            case = hostile(dtype)[op]
+            try:
                 with ek.use_backend(backend):
                     step(case, on(_backend.DEVICE[backend], case))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+            except Exception:
+                traceback.print_exc()
+                failed += 1
+                print(f"{op} {dtype} failed", flush=True)
+            else:
+                print(f"{op} {dtype}", flush=True)
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(*sys.argv[1:]))

@@ -2,13 +2,15 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import gpu_check, report, tune_keyframe_attention
 from benchmarks._harness import Contestants, Goal, measure_memory
 from benchmarks.ceilings import Ceilings, Work
+from evad_kernels import keyframe_attention_tuning as tuning
 
 
 def build_allocation(device, size):
@@ -22,7 +24,7 @@ def build_allocation(device, size):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory of a CPU op is read from Linux's /proc")
 def test_peak_memory_is_what_a_call_needs_beside_its_result():
-    memory = measure_memory(build_allocation, {"size": 40}, {"size": 1}, False, ("ours", "rival"), "cpu")
+    memory = measure_memory(build_allocation, {"size": 40}, {"size": 1}, False, ("ours", "rival"))
     assert memory == {"ours": pytest.approx(40e6, rel=0.1), "rival": pytest.approx(160e6, rel=0.1)}
 
 
@@ -158,3 +160,55 @@ def test_result_tables_are_generated_from_the_results():
 def test_readme_needs_its_markers():
     with pytest.raises(ValueError, match="must hold the markers"):
         report.with_tables("no markers", [])
+
+
+def test_goals_of_the_fastest_rival_and_of_the_floor():
+    milliseconds = {"ours": 2.0, "flash": 5.0, "cudnn": 4.0}
+    assert Goal("speed-up", 2, ("flash", "cudnn", "absent")).outcome(milliseconds, {}) == {
+        "goal": "at least 2x the fastest of flash, cudnn, absent (cudnn)",
+        "reached": 2.0,
+        "met": True,
+    }
+    assert Goal("speed-up", 2, ("absent", "another")).outcome(milliseconds, {}) is None
+    assert Goal("floor", 1.35).outcome(milliseconds, {}, 1.6)["reached"] == 1.25
+    assert Goal("floor", 1.35).outcome(milliseconds, {}) is None
+    assert not Goal("memory", 0.01, "flash").outcome(milliseconds, {"ours": 2, "flash": 100})["met"]
+
+
+def test_a_stage_that_is_stopped_leaves_what_it_wrote_and_no_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "GRACE", 1)
+    child = "import subprocess, sys, time; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+    script = f"import signal, time; signal.signal(signal.SIGINT, lambda *_: print('asked', flush=True)); {child}"
+    stages = {"stuck": [sys.executable, "-c", script], "fails": [sys.executable, "-c", "print('1 failed'); exit(3)"]}
+    stages |= {"missing": ["no-such-program"], "passes": [sys.executable, "-c", "print('2 passed')"], "build": ["true"]}
+    monkeypatch.setattr(
+        gpu_check, "STAGES", {name: gpu_check.Stage(command, 6, "all") for name, command in stages.items()}
+    )
+    monkeypatch.setattr(gpu_check, "GROUPS", {})
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path), *stages])
+    begin = time.monotonic()
+    assert gpu_check.main() == 1
+    assert time.monotonic() - begin < 30
+    text = (tmp_path / "report.txt").read_text()
+    outcomes = {line.split()[0]: " ".join(line.split()[1:5]) for line in text.partition("====")[0].splitlines() if line}
+    assert outcomes["stuck"].startswith("stopped at its limit") and "begun\nasked" in text
+    assert outcomes["fails"].startswith("failed (3)") and outcomes["passes"].startswith("ok")
+    assert outcomes["missing"].startswith("failed to start") and outcomes["build"].startswith("ok")
+
+
+def test_every_file_that_a_stage_names_exists():
+    for stage in gpu_check.STAGES.values():
+        for word in stage.command:
+            if word.startswith(("tests/", "benchmarks/")):
+                assert (gpu_check.ROOT / word).exists(), word
+    assert set(tuning.TABLE[90, 2]) == set(tune_keyframe_attention.KERNELS)
+
+
+def test_measured_tiles_leave_the_others_as_they_are():
+    best = tuning.Tile(128, 128, 8, 2)
+    table = tune_keyframe_attention.table_with({(2, "forward", 64, 1024): best}, 90)
+    assert (1024, 64, tuple(best)) in table[90, 2]["forward"]
+    assert [row for row in table[90, 2]["forward"] if row[0] == 0] == tuning.TABLE[90, 2]["forward"]
+    assert table[90, 4] == tuning.TABLE[90, 4] and table[90, 2]["key"] == tuning.TABLE[90, 2]["key"]
+    unknown = tune_keyframe_attention.table_with({(2, "key", 64, 0): best}, 103)
+    assert (0, 64, tuple(best)) in unknown[103, 2]["key"] and unknown[103, 2]["score"] == tuning.TABLE[100, 2]["score"]

@@ -9,7 +9,6 @@ import torch
 from torch.testing import assert_close
 
 from evad import EVAD, EVADConfig, compiled
-from evad.video import normalize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -82,6 +81,7 @@ def test_engines_of_torch_compile(engine):
 
 
 def test_pixels_are_normalised_on_the_device():
+    normalize = pytest.importorskip("evad.video", reason="PyAV is not installed", exc_type=ImportError).normalize
     model = micro()
     pixels = torch.randint(0, 256, (8, 3, 72, 96), dtype=torch.uint8)
     clip = normalize(list(pixels), model.config.pixel_mean, model.config.pixel_std).to(DEVICE)
