@@ -361,13 +361,24 @@ def describe_training(contest, contestants, preset, size, dtype, batch, rates, r
             torch.cuda.synchronize()
             megabytes[name] = torch.cuda.max_memory_allocated() / 1e6
         by = "peak, weights and optimizer included, by CUDA's allocator"
+        fit = {name: fitting(megabyte, batch, preset) for name, megabyte in megabytes.items()}
     megabytes = {name: significant(value) for name, value in megabytes.items()}
     details = {"model": preset, "size": list(size), "batch": batch, "dtype": dtype}
     goals = []
     if "eager" in megabytes:
         reached = significant(megabytes["rate 0.7"] / megabytes["eager"])
         goals = [{"goal": "memory at most 45% of eager", "reached": reached, "met": reached <= 0.45}]
-    return {**details, "training_mb": megabytes, "mb_by": by, "goals": goals}
+    details |= {"training_mb": megabytes, "mb_by": by, "goals": goals}
+    return details if contest.device == "cpu" else {**details, "clips_that_fit": fit}
+
+
+def fitting(megabytes: float, batch: int, preset: str) -> int:
+    """Clips of a step that this GPU's memory holds, if what is no weight grows with the clips."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in EVAD(getattr(EVADConfig, preset)()).parameters())
+    fixed = 16 * weights  # float32: weight, gradient, two moments of the optimizer
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return int((memory - fixed) / max(1e6 * megabytes - fixed, 1) * batch)
 
 
 @either(TRAINING_CPU, TRAINING_GPU)

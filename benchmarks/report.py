@@ -363,17 +363,23 @@ def training_table(rows: list[dict]) -> str:
     body = []
     for row in rows:
         times, memory = milliseconds(row), row["details"]["training_mb"]
+        fit = row["details"].get("clips_that_fit", {})
         for rival, name in (("backend reference", "0.7, plain PyTorch"), ("eager", "0.7, eager")):
             if rival in row["times"] and rival in memory:
                 times[name] = row["times"][rival]["ms"]
                 memory = memory | {f"rate {name}": memory[rival]}
+                fit = fit | {f"rate {name}": fit[rival]} if fit else fit
         for rate, ms in times.items():
-            megabytes = memory[f"rate {rate}"]
-            saved = f"{1 - ms / times['1.0']:.0%}", f"{1 - megabytes / memory['rate 1.0']:.0%}"
-            body.append((row["case"] if rate == "1.0" else "", rate, number(ms), saved[0], number(megabytes), saved[1]))
+            case, megabytes = row["case"] if rate == "1.0" else "", memory.get(f"rate {rate}")
+            of_memory = "", ""  # it did not fit
+            if megabytes is not None and "rate 1.0" in memory:
+                of_memory = number(megabytes), f"{1 - megabytes / memory['rate 1.0']:.0%}"
+            line = (case, rate, number(ms), f"{1 - ms / times['1.0']:.0%}", *of_memory)
+            body.append((*line, fit.get(f"rate {rate}", "")) if fit else line)
     theirs = ", ".join(f"{saved:.0%} of {what}" for what, saved in PAPER_TRAINING_SAVED.items())
     by = rows[0]["details"]["mb_by"]
     head = ("model", "keep rate", "ms a step", "saved", "MB", "saved")
+    head += ("clips that fit, in proportion",) if any(len(line) > len(head) for line in body) else ()
     return f"{lines_of(head, body)}\n\nMemory: {by}. The paper saves {theirs} at keep rate 0.7 (Fig. 8, GPU)."
 
 
