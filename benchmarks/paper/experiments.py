@@ -19,7 +19,7 @@ VIT_B = {"preset": "vit_b"}
 class Run(NamedTuple):
     """A model: what it changes about BASE, and the keep rates that it is evaluated at, beside its own.
 
-    ``kind`` "train": taught from the seed's localisation-only start. "shipped": the package's tiny model as it is; its
+    ``kind`` "train": taught from the seed's start. "shipped": the package's tiny model as it is; its
     changes act without training. "cost": only one step of training is measured.
     """
 
@@ -83,10 +83,10 @@ RUNS = (  # cheapest and most informative first
     trained(RATES, keep_rate=1.0),
     trained(keep_rate=0.7, pruning="random"),
     trained(keep_rate=0.7, pruning="least"),
-    trained(keep_rate=0.7, pruning="class"),
     trained(keep_rate=0.7, keep_keyframe=False),
     trained(keep_rate=0.7, decoder_depth=0),
     trained(keep_rate=1.0, decoder_depth=0),
+    trained(keep_rate=0.7, pruning="class"),
     *(trained(keep_rate=rate) for rate in (0.9, 0.8, 0.6)),
     trained(keep_rate=0.7, decoder_input="all"),
     *(trained(keep_rate=0.6, keyframe_weight=weight) for weight in WEIGHTS[1:]),

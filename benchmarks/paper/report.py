@@ -168,7 +168,9 @@ def _how(records: Records) -> list[str]:
         if record["kind"] == "train":
             what = (
                 f"trained {record['steps']} steps of {record['batch_size']} clips in {record['precision']}, after a "
-                f"localisation-only start of {record['start_steps']} that a seed's runs share"
+                "start that a seed's runs share, "
+                f"{record['start_steps'][0]} steps that locate and {record['start_steps'][1]} that recognise too, "
+                "without pruning; the decoder starts anew"
             )
         on = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
         ways.setdefault(f"{what}; {on}", []).append(record)

@@ -36,8 +36,11 @@ from .rendered import Rendered
 class Plan(NamedTuple):
     """How long and on what everything runs."""
 
-    steps: int = 600  # of every run, after its start
-    start_steps: int = 900  # of the localisation-only start that a seed's runs share
+    steps: int = 400  # of every run, after its start
+    start_steps: tuple[int, int] = (
+        900,
+        600,
+    )  # of the start that a seed's runs share: that locates, that recognises too
     clips: int = 1000  # of the split "test", which nothing is trained on
     batch_size: int = 16
     device: str = "cpu"
@@ -71,18 +74,23 @@ def make(run: Run, seed: int, plan: Plan, records: Path, work: Path, say: Callab
 
 
 def make_start(seed: int, plan: Plan, work: Path, say: Callable[[str], None]) -> Path:
-    """The localisation-only start of a seed's runs, unless it is there; returns its weights."""
-    model = {"keep_rate": 1.0, "action_loss_weight": 0.0}
-    path = _fit("start", model, seed, plan, plan.start_steps, "", work, say)
-    weights = path.with_name("start.safetensors")
-    if not weights.exists():
-        _without_decoder(path, weights)
-    return weights
+    """What a seed's runs begin with, unless it is there: all but the decoder of a model that prunes nothing.
+
+    As the paper's encoder, which was taught to recognise actions before. Actions come second: learned from the first
+    step on, they stand still for hundreds of steps, and one seed's for longer than another's.
+    """
+    model, (locate, recognise) = {"keep_rate": 1.0}, plan.start_steps
+    folder = work / f"start={locate}+{recognise}"
+    path = _fit(folder / f"located,seed={seed}", model | {"action_loss_weight": 0.0}, seed, plan, locate, "", work, say)
+    located = _without_decoder(path)
+    path = _fit(folder / f"start,seed={seed}", model, seed, plan, recognise, str(located), work, say)
+    return _without_decoder(path)
 
 
 def _trained(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
     weights = make_start(seed, plan, work, say)
-    path = _fit(run.name, run.model, seed, plan, plan.steps, str(weights), work, say)
+    folder = weights.parents[1] / f"steps={plan.steps}" / f"{run.name},seed={seed}"
+    path = _fit(folder, run.model, seed, plan, plan.steps, str(weights), work, say)
     model = EVAD(read_config(path)).to(plan.device)
     load_checkpoint(model, path)
     model.config = dataclasses.replace(model.config, action_loss_weight=EVADConfig().action_loss_weight)
@@ -96,9 +104,8 @@ def _trained(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
     }
 
 
-def _fit(name: str, model: dict, seed: int, plan: Plan, steps: int, weights: str, work: Path, say) -> Path:
+def _fit(folder: Path, model: dict, seed: int, plan: Plan, steps: int, weights: str, work: Path, say) -> Path:
     """Train, or go on training, in a folder of its own; returns the weights."""
-    folder = work / f"steps={plan.start_steps}+{plan.steps}" / f"{name},seed={seed}"
     path = folder / "model.safetensors"
     if path.exists():
         return path
@@ -122,27 +129,30 @@ def _fit(name: str, model: dict, seed: int, plan: Plan, steps: int, weights: str
         }
     )
     run, clips, _ = prepare(run)
-    if weights:  # a start's clips are seen once
+    if weights:  # else they are seen once
         clips = Rendered(clips, work / "clips")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the start lacks a decoder
         trainer = Trainer(run, clips, folder, device=plan.device)
         trainer.fit(
             lambda now: (
-                now.step % 50 or say(f"  {name}, seed {seed}: {now.step} of {now.steps}, {now.seconds_left:.0f} s left")
+                now.step % 50 or say(f"  {folder.name}: {now.step} of {now.steps}, {now.seconds_left:.0f} s left")
             )
         )
     return path
 
 
-def _without_decoder(path: Path, target: Path) -> None:
-    """The start's weights but the decoder's, which learned nothing."""
-    model = EVAD(read_config(path))
-    load_checkpoint(model, path)
-    del model.decoder
-    draft = target.with_suffix(".draft")
-    save_checkpoint(model, draft)
-    draft.replace(target)
+def _without_decoder(path: Path) -> Path:
+    """A model's weights but the decoder's, in a file beside them."""
+    target = path.with_name("without_decoder.safetensors")
+    if not target.exists():
+        model = EVAD(read_config(path))
+        load_checkpoint(model, path)
+        del model.decoder
+        draft = target.with_suffix(".draft")
+        save_checkpoint(model, draft)
+        draft.replace(target)
+    return target
 
 
 def _shipped(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
