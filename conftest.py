@@ -19,6 +19,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of evad_kernels
+torch.backends.cudnn.allow_tf32 = False  # float32 convolutions of references and golden models are float32 on a GPU
 
 
 def patch_triton_interpreter():

@@ -42,7 +42,7 @@ OPS = {  # file of tests -> public functions
     "scatter_tokens": ("scatter_tokens",),
     "token_selection": ("select_tokens", "gather_tokens"),
 }
-OP_TESTS = [*(f"tests/test_{stem}.py" for stem in OPS), "tests/test_every_op.py"]
+OP_TESTS = [f"tests/test_{name}.py" for name in (*OPS, "every_op", "evad_model")]
 EVAD_TESTS = [f"tests/test_evad_{name}.py" for name in ("compiled", "static")]
 EVAD_TESTS += ["tests/test_evad_stream.py"] if importlib.util.find_spec("av") else []
 DETECTORS = {  # rows of bench_evad.py, the most telling first
@@ -114,10 +114,14 @@ STAGES = {
         for backend in ("triton", "cuda")
         for op in itertools.chain.from_iterable(OPS.values())
     },
-    "tests-gpu": Stage(pytest(4, "tests/test_gpu.py"), 240, "tests"),
-    "tests-triton": Stage(pytest(8, "-m", "not slow", "-k", "triton", *OP_TESTS), 240, "tests"),
-    "tests-cuda": Stage(pytest(2, "-m", "not slow", "-k", "cuda", *OP_TESTS), 240, "tests"),
-    "tests-evad": Stage(pytest(2, "-m", "not slow", *EVAD_TESTS), 240, "tests"),
+    "tests-gpu": Stage(pytest(4, "tests/test_gpu.py"), 270, "tests"),
+    "tests-triton": Stage(pytest(10, "-m", "not slow", "-k", "triton", *OP_TESTS), 270, "tests"),
+    "tests-cuda": Stage(pytest(2, "-m", "not slow", "-k", "cuda", *OP_TESTS), 270, "tests"),
+    "tests-evad": Stage(pytest(2, "-m", "not slow", *EVAD_TESTS), 270, "tests"),
+    # Captured detectors on our kernels, which "auto" leaves alone until they are tested.
+    "tests-evad-triton": Stage(
+        pytest(2, "-m", "not slow", EVAD_TESTS[0]), 270, "tests", {"EVAD_KERNELS_BACKEND": "triton"}
+    ),
     **{
         f"{tool}-{backend}": sanitizer(tool, backend)
         for tool in ("memcheck", "racecheck", "initcheck")

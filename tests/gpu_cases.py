@@ -94,7 +94,8 @@ def hostile(dtype):
         "keyframe_attention_topk": Case(
             lambda *qkv: ek.keyframe_attention_topk(*qkv, num_keyframe=9, num_select=20), qkv, 3
         ),
-        "select_tokens": Case(lambda x: ek.select_tokens(x, 31), [ties], 0),
+        # A row that fits a block's registers, and one that does not.
+        "select_tokens": Case(lambda x: (ek.select_tokens(x, 31), ek.select_tokens(x.repeat(1, 70), 2500)), [ties], 0),
         "gather_tokens": Case(
             lambda x, index: ek.gather_tokens(x, index, num_keyframe=3), [normal(2, 45, 19), outside], 1
         ),

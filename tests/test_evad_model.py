@@ -19,6 +19,7 @@ from evad.checkpoint import released_names
 from evad.decoder import extend_boxes
 from evad.localization import move_boxes
 from evad.tokens import PositionTable, Tokens, sincos_table
+from evad_kernels.testing import on_default_device
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = {"atol": 1e-4, "rtol": 1e-4}
@@ -47,7 +48,8 @@ def micro(keep_rate=0.7, *, seed=0, **fields):
 
 
 def clip(height=96, width=96, *, frames=8, seed=1):
-    return torch.randn(3, frames, height, width, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return on_default_device(torch.randn(3, frames, height, width, generator=generator, device="cpu"))
 
 
 def load(name, kind):
@@ -55,6 +57,11 @@ def load(name, kind):
     return {
         key: torch.from_numpy(archive[key]) if archive[key].dtype.kind in "fiu" else archive[key] for key in archive
     }
+
+
+def here(values):
+    """The same values, tensors on the default device."""
+    return {key: on_default_device(value) for key, value in values.items()}
 
 
 @pytest.fixture(scope="module", params=["A", "C"])
@@ -84,6 +91,7 @@ def record(module, into, name, pick=lambda output: output):
 @pytest.mark.parametrize("token_order", ["importance", "position"])
 def test_matches_golden(golden, token_order, backend):
     name, weights, values = golden
+    values = here(values)
     model = golden_model(weights, token_order)
     clips = golden_clip(values)
     prefix = "" if token_order == "importance" else "ordered/"
@@ -159,7 +167,7 @@ def reordered(rows, position, wanted):
 
 
 def test_importance_matches_golden(backend):
-    weights, values = load("A", "weights"), load("A", "eval")
+    weights, values = load("A", "weights"), here(load("A", "eval"))
     model = golden_model(weights, "importance")
     position = None
     for i in model.config.pruning_blocks:
@@ -171,8 +179,8 @@ def test_importance_matches_golden(backend):
             _, index, importance = attn.prune(x, num_keyframe=60, num_select=10, keyframe_weight=1.0)
         expected = values[f"prune{i}_importance_dense"].gather(1, position[:, 60:])
         assert_close(importance, expected, atol=1e-7, rtol=1e-4)
-        best = torch.from_numpy(np.argsort(-expected[0].numpy(), kind="stable")[:10].copy())
-        assert torch.equal(index[0], best.sort().values)
+        best = torch.from_numpy(np.argsort(-expected[0].cpu().numpy(), kind="stable")[:10].copy())
+        assert torch.equal(index[0].cpu(), best.sort().values)
         position = values[f"prune{i}_kept_official_order"]
 
 
