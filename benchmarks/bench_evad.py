@@ -159,6 +159,13 @@ def build(device, preset, size, dtype, batch, rates, rivals, modes):
         if clips.is_cuda:
             contestants["eager"] = under(eager_attention, lambda: model(clips))
             contestants["eager, our kernels"] = lambda: model(clips)
+    if modes:
+
+        @functools.cache
+        def inductor():
+            return model.compiled(clips.shape[1:], batch, engine="inductor")
+
+        contestants["ours, engine inductor"] = lambda: inductor()(clips)
     for mode in modes:
         compiled = torch.compile(model.forward, fullgraph=True, mode=mode)
         contestants[f"torch.compile, {mode}"] = under(best_attention, functools.partial(compiled, clips))

@@ -6,7 +6,8 @@ import gpu_cases
 import pytest
 import torch
 
-from evad_kernels import _backend, keyframe_attention_topk, select_tokens, use_backend
+from evad_kernels import _backend, keyframe_attention, keyframe_attention_topk, select_tokens, use_backend
+from evad_kernels.testing import assert_accurate, gradients
 from evad_kernels.token_selection import select_tokens_reference
 
 pytestmark = [
@@ -114,6 +115,22 @@ def test_attention_selects_exactly(kernels, N, runs):
         wrong.append(torch.stack([truth[~kept].max() / truth[kept].min(), (kept.sum() != num_select).double()]))
     excess, miscounted = torch.stack(wrong).max(0).values.tolist()
     assert excess <= 1 + 1e-6 and not miscounted, (excess, miscounted)
+
+
+def test_attention_of_16384_tokens(kernels, N=16384, device="cuda"):
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 1, 1, N, 64, generator=generator).to(device, torch.bfloat16)
+
+    def run(*qkv):
+        return keyframe_attention(*qkv, num_keyframe=N // 8, keyframe_weight=4.0)
+
+    outputs, grads = gradients(run, qkv, rounding=torch.bfloat16)
+    with use_backend("reference"):
+        references, reference_grads = gradients(run, qkv, rounding=torch.bfloat16)
+        truths, true_grads = gradients(run, qkv.double(), rounding=torch.bfloat16)
+    results = zip((*outputs, *grads), (*references, *reference_grads), (*truths, *true_grads), strict=True)
+    for label, three in zip(("output", "importance", "query", "key", "value"), results, strict=True):
+        assert_accurate(*three, label=label)
 
 
 @pytest.mark.parametrize("N", [1568, 2592, 4608])
