@@ -81,7 +81,9 @@ def test_engines_of_torch_compile(engine):
 
 
 def test_pixels_are_normalised_on_the_device():
-    normalize = pytest.importorskip("evad.video", reason="PyAV is not installed", exc_type=ImportError).normalize
+    pytest.importorskip("av", reason="PyAV is not installed")
+    from evad.video import normalize
+
     model = micro()
     pixels = torch.randint(0, 256, (8, 3, 72, 96), dtype=torch.uint8)
     clip = normalize(list(pixels), model.config.pixel_mean, model.config.pixel_std).to(DEVICE)
