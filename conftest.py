@@ -118,17 +118,26 @@ def poisoned_memory(request):
 
 @pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def backend(request):
-    """Runs a test on each backend of this machine that serves the ops of its file; new tensors are on its device."""
+    """Runs a test on each backend of this machine that serves its ops; new tensors are on its device.
+
+    Its ops are its parameter ``op``, or those of ``@pytest.mark.ops(...)``, or all of its file.
+    """
     import evad_kernels
     from evad_kernels import _backend
 
     stem = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    parameters = request.node.callspec.params
     ops = [op for op in _backend.IMPLEMENTED if getattr(evad_kernels, op).__module__.endswith(f".{stem}")]
+    named = parameters.get("op")
+    marked = request.node.get_closest_marker("ops")
+    if (name := getattr(named, "__name__", named)) in ops:
+        ops = [name]
+    elif marked is not None:
+        ops = marked.args
     reasons = [_backend.unavailable(op, request.param) for op in ops or _backend.IMPLEMENTED]
     if reason := next(filter(None, reasons), None):
         pytest.skip(f"backend {request.param}: {reason}")
     if request.param == "triton":
-        parameters = request.node.callspec.params
         if _backend.INTERPRETED and not ops:
             pytest.skip("backend triton: a whole model takes the interpreter too long")
         if parameters.get("dtype") == torch.float64:

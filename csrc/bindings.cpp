@@ -263,6 +263,56 @@ void bind_roi_align_3d(py::module_& m) {
       NoGil());
 }
 
+#if defined(EVAD_WITH_CUDA)
+// (order, begin), or zeros
+using PackedRoiRows = std::array<Address, 2>;
+
+RoiRows roi_rows(const PackedRoiRows& packed) {
+  return {pointer<const int64_t>(packed[0]), pointer<const int64_t>(packed[1])};
+}
+
+void bind_roi_pool_3d_cuda(py::module_& m) {
+  m.def("roi_pool_3d_work", [](bool background_per_cell, const std::array<int64_t, 6>& sizes, const PackedBoxes& boxes,
+                               const PackedSampling& sampling, int dtype, bool grad_background) {
+    int64_t bytes = 0;
+    with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+      using T = decltype(zero);
+      bytes = roi_pool_3d_work<T>(token_grid<T>({0, 0, 0, 0, 0, background_per_cell}, sizes), roi_boxes(boxes),
+                                  roi_sampling(sampling), grad_background);
+    });
+    return bytes;
+  });
+  m.def(
+      "roi_pool_3d_forward",
+      [](const PackedTokens& tokens, const std::array<int64_t, 6>& sizes, const PackedBoxes& boxes,
+         const PackedRoiRows& rows, const PackedSampling& sampling, double cells_per_pixel, int dtype, Address pooled,
+         Address largest, Address work, Address stream) {
+        with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+          using T = decltype(zero);
+          roi_pool_3d_forward<T>(token_grid<T>(tokens, sizes), roi_boxes(boxes), roi_rows(rows),
+                                 {roi_sampling(sampling), cells_per_pixel}, pointer<T>(pooled), pointer<void>(largest),
+                                 pointer<void>(work), Cuda::where(stream));
+        });
+      },
+      NoGil());
+  m.def(
+      "roi_pool_3d_backward",
+      [](Address slot, bool background_per_cell, const std::array<int64_t, 6>& sizes, const PackedBoxes& boxes,
+         const PackedRoiRows& rows, const PackedSampling& sampling, double cells_per_pixel, int dtype,
+         Address grad_pooled, Address largest, Address grad_tokens, Address grad_background, Address work,
+         Address stream) {
+        with_dtype(static_cast<DType>(dtype), [&](auto zero) {
+          using T = decltype(zero);
+          roi_pool_3d_backward<T>(token_grid<T>({0, 0, 0, slot, 0, background_per_cell}, sizes), roi_boxes(boxes),
+                                  roi_rows(rows), {roi_sampling(sampling), cells_per_pixel},
+                                  pointer<const T>(grad_pooled), pointer<const void>(largest), pointer<T>(grad_tokens),
+                                  pointer<T>(grad_background), pointer<void>(work), Cuda::where(stream));
+        });
+      },
+      NoGil());
+}
+#endif
+
 // (data, stride_b, stride_c, stride_h, stride_w, h, w, pixels a cell)
 using PackedLevel = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double>;
 // (B, C, canonical_size, canonical_level, number of the finest level)
@@ -326,6 +376,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("with_cuda") = true;
   py::module_ cuda = m.def_submodule("cuda", "The same kernels on a GPU; a stream's handle for the threads.");
   bind_cell_map<Cuda>(cuda);
+  bind_roi_pool_3d_cuda(cuda);
   bind_scatter_tokens<Cuda>(cuda);
   bind_token_selection<Cuda>(cuda);
 #else

@@ -62,15 +62,31 @@ EVAD_HOST_DEVICE uint64_t double_to_bits(double value) {
 EVAD_HOST_DEVICE float to_float(bfloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 
 EVAD_HOST_DEVICE float to_float(float16 x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // infinity, NaN
   // Scaling by 2^112 renormalises subnormal halves exactly.
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * bits_to_float(0x77800000u)));
+#endif
 }
 
 EVAD_HOST_DEVICE float to_float(float x) { return x; }
 EVAD_HOST_DEVICE double to_float(double x) { return x; }
+
+// a * b + c, one rounding on a GPU; CPU kernels contract where their flags say so (CMakeLists.txt).
+template <class F>
+EVAD_HOST_DEVICE F multiply_add(F a, F b, F c) {
+#if defined(__CUDA_ARCH__)
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 template <class T>
 EVAD_HOST_DEVICE T from_float(accumulate_t<T> x);

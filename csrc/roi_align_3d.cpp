@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cell_map.h"
+#include "roi_tables.h"
 
 namespace evad {
 namespace {
@@ -73,11 +74,8 @@ class Cells {
         grid.B, threads,
         [&](int64_t b) {
           for (int64_t cell = 0; cell < cells_; ++cell) {
-            const int32_t k = grid.slot[b * cells_ + cell];
-            row_[b * cells_ + cell] = k != kDropped      ? grid.tokens + b * grid.stride_b + k * grid.stride_k
-                                      : !grid.background ? zeros_.data()
-                                      : grid.background_per_cell ? grid.background + cell * grid.C
-                                                                 : grid.background;
+            const F* const row = grid.row(b, cell);
+            row_[b * cells_ + cell] = row ? row : zeros_.data();
           }
         },
         1);

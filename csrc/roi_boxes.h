@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "roi_taps.h"
 
 namespace evad {
 
@@ -16,6 +17,15 @@ struct RoiSampling {
   int64_t oh, ow;   // bins
   int64_t samples;  // of a bin, along each side
   bool aligned;
+};
+
+// Boxes as the callers pass them: corners [R, frames, 4] float or double, contiguous; batch [R], or null: row r is of
+// image r / (R / B).
+struct RoiBoxes {
+  const void* corners;
+  bool is_double;
+  const int64_t* batch;
+  int64_t R, frames;  // frames is 1 unless the boxes are tubes
 };
 
 // False for a reversed box and for one with a NaN: such a box samples nothing.
@@ -59,6 +69,70 @@ EVAD_HOST_DEVICE bool bilinear(Box at, int64_t size, int64_t& cell, Box& next_we
   }
   return true;
 }
+
+// At most, of a bin along an axis of `size` cells.
+EVAD_HOST_DEVICE int64_t taps_of_bin(int64_t samples, int64_t size) { return 2 * samples < size ? 2 * samples : size; }
+
+// Fills begin [bins + 1] and tap [bins * taps_of_bin] with what all bins of one side of a box touch. A bin's first taps
+// may be cells that the bin before it met last, or last but one, as all are that it shares where samples ascend; any
+// other cell is met again, with a new ordinal. So who goes through taps in order keeps what belongs to two ordinals.
+// Returns the number of ordinals.
+template <class F, class Box>
+EVAD_HOST_DEVICE int32_t fill_taps(BoxSide<Box> side, int64_t bins, int64_t samples, int64_t size, int32_t* begin,
+                                   RoiTap<F>* tap) {
+  int32_t count = 0, ordinals = 0, previous = 0;
+  begin[0] = 0;
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    const int32_t first = count, before = ordinals;
+    // Samples of a bin ascend, so a cell that was met is among the last two.
+    const auto add = [&](int64_t cell, Box weight) {
+      if (!(weight > 0)) return;
+      for (int32_t i = count; i-- > (first > count - 2 ? first : count - 2);)
+        if (tap[i].cell == cell) {
+          tap[i].weight += static_cast<F>(weight);
+          return;
+        }
+      int32_t ordinal = -1;
+      for (int32_t i = previous; i < first && ordinals == before; ++i)
+        if (tap[i].cell == cell && tap[i].ordinal >= before - 2) ordinal = tap[i].ordinal;
+      tap[count++] = {static_cast<int32_t>(cell), ordinal < 0 ? ordinals++ : ordinal, static_cast<F>(weight)};
+    };
+    for (int64_t i = 0; i < samples; ++i) {
+      int64_t cell = 0;
+      Box next = 0;
+      if (!bilinear(sample_coordinate(side, bin, i, samples), size, cell, next)) continue;
+      add(cell, 1 - next);
+      add(cell + 1, next);
+    }
+    for (int32_t i = first; i < count; ++i) tap[i].weight /= static_cast<F>(samples);
+    begin[bin + 1] = count;
+    previous = first;
+  }
+  return ordinals;
+}
+
+EVAD_HOST_DEVICE int32_t fill_no_taps(int64_t bins, int32_t* begin) {
+  for (int64_t bin = 0; bin <= bins; ++bin) begin[bin] = 0;
+  return 0;
+}
+
+// Whether a bin takes the place of the largest before it. A NaN is larger than any number, of equals the first stays.
+template <class F>
+EVAD_HOST_DEVICE bool is_larger(F bin, F largest) {
+  return largest == largest && !(bin <= largest);
+}
+template <class F>
+EVAD_HOST_DEVICE F larger(F bin, F largest) {
+  return is_larger(bin, largest) ? bin : largest;
+}
+#if defined(__CUDA_ARCH__)
+template <>
+EVAD_HOST_DEVICE float larger(float bin, float largest) {  // one instruction
+  float value;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(bin), "f"(largest));
+  return value;
+}
+#endif
 
 // Index among `count` levels, of which the finest is number `first`, of a box; one without a level goes to the finest.
 template <class Box>

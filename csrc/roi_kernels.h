@@ -5,15 +5,11 @@
 
 #include <cstdint>
 
+#include "roi_taps.h"
+
 namespace evad {
 
-// Cells of one axis that the bins of a box touch, and how much they weigh: bin p has taps begin[p] to begin[p + 1].
-template <class F>
-struct RoiTap {
-  int32_t cell;
-  int32_t ordinal;  // of the cell in RoiAxis::cell
-  F weight;
-};
+// Of one axis of a box: bin p has taps begin[p] to begin[p + 1].
 template <class F>
 struct RoiAxis {
   const int32_t* begin;

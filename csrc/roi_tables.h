@@ -14,15 +14,6 @@
 
 namespace evad {
 
-// Boxes as the callers pass them: corners [R, frames, 4] float or double, contiguous; batch [R], or null: row r is of
-// image r / (R / B).
-struct RoiBoxes {
-  const void* corners;
-  bool is_double;
-  const int64_t* batch;
-  int64_t R, frames;  // frames is 1 unless the boxes are tubes
-};
-
 template <class F>
 RoiKernels<F> roi_kernels() {
   const Isa isa = cpu_isa();
@@ -69,7 +60,7 @@ class RoiAxisTable {
  public:
   RoiAxisTable(int64_t boxes, int64_t bins, int64_t samples, int64_t size)
       : bins_(bins),
-        taps_(std::min(2 * samples, size)),
+        taps_(taps_of_bin(samples, size)),
         begin_(boxes * (bins + 1)),
         tap_(boxes * bins * taps_),
         cell_(boxes * bins * taps_),
@@ -84,44 +75,14 @@ class RoiAxisTable {
 
   template <class Box>
   void fill(int64_t box, BoxSide<Box> side, int64_t samples, int64_t size) {
+    const int64_t first = box * bins_ * taps_;
     int32_t* const begin = begin_.data() + box * (bins_ + 1);
-    RoiTap<F>* const tap = tap_.data() + box * bins_ * taps_;
-    int32_t* const different = cell_.data() + box * bins_ * taps_;
-    int32_t count = 0, ordinals = 0, previous = 0;
-    begin[0] = 0;
-    for (int64_t bin = 0; bin < bins_; ++bin) {
-      const int32_t first = count;
-      // Samples of a bin ascend, so a cell that was met is among the last two.
-      const auto add = [&](int64_t cell, Box weight) {
-        if (!(weight > 0)) return;
-        for (int32_t i = count; i-- > std::max(first, count - 2);)
-          if (tap[i].cell == cell) {
-            tap[i].weight += static_cast<F>(weight);
-            return;
-          }
-        int32_t ordinal = -1;
-        for (int32_t i = previous; i < first && ordinal < 0; ++i)
-          if (tap[i].cell == cell) ordinal = tap[i].ordinal;
-        if (ordinal < 0) different[ordinal = ordinals++] = static_cast<int32_t>(cell);
-        tap[count++] = {static_cast<int32_t>(cell), ordinal, static_cast<F>(weight)};
-      };
-      for (int64_t i = 0; i < samples; ++i) {
-        int64_t cell = 0;
-        Box next = 0;
-        if (!bilinear(sample_coordinate(side, bin, i, samples), size, cell, next)) continue;
-        add(cell, 1 - next);
-        add(cell + 1, next);
-      }
-      for (int32_t i = first; i < count; ++i) tap[i].weight /= static_cast<F>(samples);
-      begin[bin + 1] = count;
-      previous = first;
-    }
-    cells_[box] = ordinals;
+    cells_[box] = fill_taps(side, bins_, samples, size, begin, tap_.data() + first);
+    for (int32_t i = 0; i < begin[bins_]; ++i) cell_[first + tap_[first + i].ordinal] = tap_[first + i].cell;
   }
 
   void fill_empty(int64_t box) {
-    std::fill_n(begin_.data() + box * (bins_ + 1), bins_ + 1, 0);
-    cells_[box] = 0;
+    cells_[box] = fill_no_taps(bins_, begin_.data() + box * (bins_ + 1));
   }
 
  private:

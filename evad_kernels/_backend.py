@@ -31,7 +31,7 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "gather_tokens": ("cpu", "triton", "cuda"),
     "scatter_tokens": ("cpu", "triton", "cuda"),
     "roi_align_3d": ("cpu", "triton"),
-    "roi_pool_3d": ("cpu", "triton"),
+    "roi_pool_3d": ("cpu", "cuda", "triton"),
     "pyramid_roi_align": ("cpu", "triton"),
 }
 
@@ -46,6 +46,7 @@ BY_NAME_ONLY = {
     ("scatter_tokens", "cuda"),
     ("scatter_tokens", "triton"),
     ("roi_align_3d", "triton"),
+    ("roi_pool_3d", "cuda"),
     ("roi_pool_3d", "triton"),
     ("pyramid_roi_align", "triton"),
 }

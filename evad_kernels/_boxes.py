@@ -88,6 +88,21 @@ def packed(corners: Tensor, batch: Tensor | None) -> tuple[int, bool, int, int, 
     return corners.data_ptr(), is_double, 0 if batch is None else batch.data_ptr(), corners.shape[0], frames
 
 
+class BoxesByImage(NamedTuple):
+    """Rows of boxes by image: of image b they are order[begin[b]] to order[begin[b + 1]], ascending."""
+
+    order: Tensor | None  # [R] int64; None: image b has rows b*n to (b + 1)*n
+    begin: Tensor | None  # [B + 1] int64
+
+    @classmethod
+    def of(cls, batch: Tensor | None, B: int) -> BoxesByImage:
+        """Sorted on the device: no number of boxes is ever known to the host. Boxes of no image are in no range."""
+        if batch is None:
+            return cls(None, None)
+        ascending, order = batch.sort(stable=True)
+        return cls(order, torch.searchsorted(ascending, torch.arange(B + 1, device=batch.device)))
+
+
 def output_size(op: str, value: int | Sequence[int]) -> tuple[int, int]:
     """``(oh, ow)``, both at least 1."""
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()

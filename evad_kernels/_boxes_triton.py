@@ -211,21 +211,6 @@ def box_tables(
     return tables
 
 
-class BoxesByImage(NamedTuple):
-    """Rows of boxes by image: of image b they are order[begin[b]] to order[begin[b + 1]], ascending."""
-
-    order: Tensor | None  # [R] int64; None: image b has rows b*n to (b + 1)*n
-    begin: Tensor | None  # [B + 1] int64
-
-    @classmethod
-    def of(cls, batch: Tensor | None, B: int) -> BoxesByImage:
-        """Sorted on the device: no number of boxes is ever known to the host. Boxes of no image are in no range."""
-        if batch is None:
-            return cls(None, None)
-        ascending, order = batch.sort(stable=True)
-        return cls(order, torch.searchsorted(ascending, torch.arange(B + 1, device=batch.device)))
-
-
 @triton.jit
 def boxes_of(b, order, begin, boxes_per_image):
     """The range of an image's boxes in ``order``, or among the rows themselves."""

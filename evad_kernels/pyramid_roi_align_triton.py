@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._boxes_triton import BoxesByImage, Levels, Tile, add_bins, box_tables, boxes_of, touches
+from ._boxes import BoxesByImage
+from ._boxes_triton import Levels, Tile, add_bins, box_tables, boxes_of, touches
 from ._triton import Launch, blocks, launch, power_of_two, recorded, rounded
 from .pyramid_roi_align import _backward_fake, _forward_fake
 

@@ -219,7 +219,7 @@ def _run(kernel, op, tokens, background, position, sampling, *results):
             tokens.data_ptr(),
             *tokens.stride()[:2],
             slot.data_ptr(),
-            0 if background is None else background.data_ptr(),
+            _address(background),
             background is not None and background.ndim == 2,
         ),
         (*tokens.shape, *grid),
@@ -257,6 +257,81 @@ def _pool_fake(tokens, background, position, corners, batch, grid, output, scale
     return tokens.new_empty(R, C), tokens.new_empty((R, grid[0], C) if save_largest else (0,), dtype=index)
 
 
+def _pool_cuda(tokens, background, position, *sampling_and_flag):
+    sampling, save_largest = sampling_and_flag[:-1], sampling_and_flag[-1]
+    pooled, largest = _pool_fake(tokens, background, position, *sampling_and_flag)
+    if sampling[1] is not None:
+        pooled.zero_()  # for a box of no image
+    if pooled.numel() == 0:
+        return pooled, largest
+    tokens = _backend.rows(tokens)
+    background = None if background is None else background.contiguous()
+    per_cell = background is not None and background.ndim == 2
+    boxes = _CudaBoxes(tokens, (*tokens.shape, *sampling[2]), *sampling)
+    slot = _cells.cell_map("roi_pool_3d", position, math.prod(sampling[2]))
+    work = boxes.work(per_cell, grad_background=False)
+    _backend.launch(
+        "roi_pool_3d_forward",
+        tokens,
+        (tokens.data_ptr(), *tokens.stride()[:2], slot.data_ptr(), _address(background), per_cell),
+        *boxes.arguments,
+        pooled.data_ptr(),
+        largest.data_ptr() if save_largest else 0,
+        work.data_ptr(),
+    )
+    return pooled, largest
+
+
+def _pool_backward_cuda(grad, largest, position, *sampling_and_fill):
+    sampling, background_ndim = sampling_and_fill[:-1], sampling_and_fill[-1]
+    grad, largest = grad.contiguous(), largest.contiguous()
+    _, grad_background = _backward_fake(grad, largest, position, *sampling_and_fill)
+    grad_tokens = grad.new_zeros(*position.shape, grad.shape[1])
+    if grad.numel() == 0 or position.shape[0] == 0:
+        return grad_tokens, grad_background.zero_()
+    boxes = _CudaBoxes(grad, (*grad_tokens.shape, *sampling[2]), *sampling)
+    slot = _cells.cell_map("roi_pool_3d", position, math.prod(sampling[2]))
+    work = boxes.work(background_ndim == 2, grad_background=background_ndim > 0)
+    _backend.launch(
+        "roi_pool_3d_backward",
+        grad,
+        slot.data_ptr(),
+        background_ndim == 2,
+        *boxes.arguments,
+        grad.data_ptr(),
+        largest.data_ptr(),
+        grad_tokens.data_ptr(),
+        grad_background.data_ptr() if background_ndim else 0,
+        work.data_ptr(),
+    )
+    return grad_tokens, grad_background
+
+
+class _CudaBoxes:
+    """Boxes, and what goes with them, as the CUDA kernels take them; keeps the tensors behind the addresses."""
+
+    def __init__(self, like, sizes, corners, batch, grid, output, scale, samples, aligned):
+        self.like = like
+        self.corners, self.batch = corners.contiguous(), None if batch is None else batch.contiguous()
+        self.by_image = _boxes.BoxesByImage.of(batch, sizes[0])
+        self.sizes, self.packed = sizes, _boxes.packed(self.corners, self.batch)
+        self.sampling, self.dtype = (*output, samples, aligned), _backend.DTYPE_CODE[like.dtype]
+        rows = tuple(map(_address, self.by_image))
+        self.arguments = sizes, self.packed, rows, self.sampling, scale, self.dtype
+
+    def work(self, background_per_cell, *, grad_background):
+        """Work memory for a call."""
+        with torch.cuda.device(self.like.device):
+            size = _backend.native.cuda.roi_pool_3d_work(
+                background_per_cell, self.sizes, self.packed, self.sampling, self.dtype, grad_background
+            )
+        return self.like.new_empty(size, dtype=torch.uint8)
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _backward_cpu(grad, largest, position, *sampling_and_fill):
     """grad_tokens [B, K, C] and grad_background ([0], [C] or [cells, C]) from grad of the samples or pooled."""
     corners, batch, grid, output, scale, samples, aligned, background_ndim = sampling_and_fill
@@ -276,7 +351,7 @@ def _backward_cpu(grad, largest, position, *sampling_and_fill):
         scale,
         _backend.DTYPE_CODE[grad.dtype],
         grad.data_ptr(),
-        0 if largest is None else largest.data_ptr(),
+        _address(largest),
         grad_tokens.data_ptr(),
         grad_background.data_ptr() if background_ndim else 0,
         torch.get_num_threads(),
@@ -303,15 +378,24 @@ def _backward(ctx, grad, *_):
     if largest is not None and largest.ndim == 1:
         raise RuntimeError("roi_pool_3d: save_largest must be true for a backward, got false")
     background_ndim = ctx.background_ndim if ctx.needs_input_grad[1] else 0
-    grad_tokens, grad_background = _roi_3d_backward(grad, largest, *saved, *ctx.sampling, background_ndim)
+    op = _align_backward if largest is None else _pool_backward
+    grad_tokens, grad_background = op(grad, largest, *saved, *ctx.sampling, background_ndim)
     return grad_tokens, grad_background if background_ndim else None, *[None] * (ctx.num_inputs - 2)
 
 
-_roi_3d_backward = register(
-    f"roi_align_3d_backward(Tensor grad, Tensor? largest, Tensor position, {_SAMPLING}, int background_ndim)"
-    " -> (Tensor, Tensor)",
+_GRADIENT = f"(Tensor grad, Tensor? largest, Tensor position, {_SAMPLING}, int background_ndim) -> (Tensor, Tensor)"
+
+_align_backward = register(
+    f"roi_align_3d_backward{_GRADIENT}",
     cpu=_backward_cpu,
     triton="roi_align_3d_triton.backward",
+    fake=_backward_fake,
+)
+_pool_backward = register(
+    f"roi_pool_3d_backward{_GRADIENT}",
+    cpu=_backward_cpu,
+    triton="roi_align_3d_triton.backward",
+    cuda=_pool_backward_cuda,
     fake=_backward_fake,
 )
 _align = register(
@@ -327,6 +411,7 @@ _pool = register(
     " -> (Tensor, Tensor)",
     cpu=_pool_cpu,
     triton="roi_align_3d_triton.pool",
+    cuda=_pool_cuda,
     fake=_pool_fake,
     backward=_backward,
     setup_context=_setup_context,

@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 
 from . import _backend
-from ._boxes_triton import BoxesByImage, Tile, add_bins, box_tables, boxes_of, touches
+from ._boxes import BoxesByImage
+from ._boxes_triton import Tile, add_bins, box_tables, boxes_of, touches
 from ._cells_triton import cell_map
 from ._triton import Launch, blocks, launch, power_of_two, recorded, rounded
 from .roi_align_3d import _align_fake, _backward_fake, _pool_fake

@@ -32,6 +32,7 @@ CASES = {
 INTERPRETED = ["five frames", "long bins", "nine columns", "few tubes"]  # what an interpreter can do in a moment
 SMALL = [name for name in CASES if name != "paper 224"]
 KERNELS = pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"], indirect=True)
+POOL = pytest.mark.ops("roi_pool_3d")
 OPS = {"roi_align_3d": roi_align_3d, "roi_pool_3d": roi_pool_3d}
 
 
@@ -218,6 +219,7 @@ def test_forms_of_boxes(backend, op):
         torch.testing.assert_close(got, rows_of_want, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@POOL
 @KERNELS
 def test_gradient_of_shuffled_boxes_goes_to_their_image(backend):
     tokens, position, boxes, fill, options = make("five frames" if interpreted(backend) else "odd")
@@ -232,6 +234,7 @@ def test_gradient_of_shuffled_boxes_goes_to_their_image(backend):
         torch.testing.assert_close(actual, want, atol=1e-6, rtol=1e-5)
 
 
+@POOL
 def test_strides(backend):
     tokens, position, boxes, fill, options = make("five frames" if interpreted(backend) else "odd")
     want = roi_pool_3d(tokens, position, boxes, background=fill, **options)
@@ -259,6 +262,7 @@ def test_registration():
         op(tokens.clone().requires_grad_(), None, position, corners, batch, *sampling, False)[0].sum().backward()
 
 
+@POOL
 @KERNELS
 def test_inference_gives_the_bits_of_training(backend):
     tokens, position, boxes, _, options = make("five frames" if interpreted(backend) else "odd")
@@ -296,6 +300,7 @@ def test_one_graph_for_all_lengths():
     assert len(graphs) == 1
 
 
+@POOL
 def test_autocast(backend):
     tokens, position, boxes, fill, options = make("five frames" if interpreted(backend) else "odd")
     want = roi_pool_3d(tokens, position, boxes, background=fill, **options)
@@ -370,6 +375,7 @@ def test_edges(backend, op, B, K, C, n):
         assert OPS[op](tokens, position, empty, grid=(1, 2, 3)).shape[0] == 0
 
 
+@POOL
 def test_later_of_equal_positions_holds_the_cell(backend):
     tokens = torch.tensor([[[1.0], [2.0], [3.0]]], requires_grad=True)
     boxes = torch.tensor([[[8.0, 0, 8, 16], [24, 0, 24, 16]]])
@@ -379,6 +385,7 @@ def test_later_of_equal_positions_holds_the_cell(backend):
     assert grad.flatten().tolist() == [0, 1, 1]
 
 
+@POOL
 def test_tie_goes_to_the_first_bin(backend):
     tokens = torch.ones(1, 16, 20, requires_grad=True)
     boxes = torch.tensor([[[0.0, 0, 64, 64]]])  # 2 x 2 bins of 2 x 2 cells, a sample in the middle of each
@@ -392,6 +399,7 @@ def test_tie_goes_to_the_first_bin(backend):
     assert grad[0, :, :3].count_nonzero() == 0
 
 
+@POOL
 @pytest.mark.parametrize("largest", [2.0, math.nan])
 @pytest.mark.parametrize("wide", [True, False])
 def test_tie_goes_to_the_first_bin_of_long_boxes(backend, wide, largest):
@@ -432,6 +440,7 @@ def test_special_features_reach_the_bins_that_touch_them(backend, value):
         assert (pooled[0].isnan() if math.isnan(value) else pooled[0] == value).all() and pooled[1:].isfinite().all()
 
 
+@POOL
 @KERNELS
 def test_gradient_of_nan_goes_to_the_first_bin_that_has_it(backend):
     tokens, position, boxes, fill, options = make("five frames" if interpreted(backend) else "odd")
@@ -576,6 +585,7 @@ def test_any_shape(data):
         torch.testing.assert_close(actual, want, atol=1e-5, rtol=1e-5)
 
 
+@POOL
 def test_big_grid(backend):
     grid = (4, 64, 64)
     device = torch.get_default_device()

@@ -1,9 +1,10 @@
-// As much of CUDA as the kernels of scatter_tokens and token_selection use, on threads of the host: one block at a time, a
-// std::thread a CUDA thread, barriers for __syncthreads and for warps. It shows what the code computes, not what it costs.
+// As much of CUDA as the kernels without special hardware use, on threads of the host: one block at a time, a thread of
+// the host a CUDA thread, barriers for __syncthreads and for warps. It shows what the code computes, not what it costs.
 #pragma once
 
 #include <algorithm>
 #include <barrier>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -11,7 +12,8 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
+#define __forceinline__ inline
 #define __restrict__
 #define __shared__ static
 
@@ -26,6 +28,10 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 
+// Dynamic shared memory, which begins with what nobody wrote: `extern __shared__` is rewritten to a call.
+inline std::vector<char> emulated_memory;
+inline char* emulated_shared() { return emulated_memory.data(); }
+
 struct EmulatedWarp {
   std::barrier<> barrier{32};
   int values[32];
@@ -39,11 +45,13 @@ struct EmulatedBlock {
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline thread_local EmulatedBlock* emulated_block;
 
-// kernel<<<grid, block, 0, stream>>>(arguments) is rewritten to emulated_launch(grid, block, [=] { kernel(arguments); }).
+// kernel<<<grid, block, shared, stream>>>(arguments) is rewritten to
+// emulated_launch(grid, block, shared, [=] { kernel(arguments); }).
 template <class Kernel>
-void emulated_launch(dim3 grid, dim3 size, const Kernel& kernel) {
+void emulated_launch(dim3 grid, dim3 size, int64_t shared, const Kernel& kernel) {
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
+      emulated_memory.assign(shared, '\xff');  // NaN
       EmulatedBlock block(size.x * size.y);
       std::vector<std::thread> threads;
       for (unsigned thread = 0; thread < size.x * size.y; ++thread)
@@ -122,3 +130,23 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+
+struct EmulatedLimits {
+  int multiprocessors, shared;
+};
+inline EmulatedLimits emulated_limits{1, 1 << 20};
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaGetDevice(int*) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulated_limits.multiprocessors : emulated_limits.shared;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
