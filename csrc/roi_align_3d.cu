@@ -422,7 +422,7 @@ __device__ __forceinline__ void add_outer_product(F grad, const RoiTap<F>* row_t
 
 // partial: F [groups, T * Gh * Gw, C], or double [groups, T, runs, C] where the background is one row, or null.
 template <class T>
-__global__ void __launch_bounds__(kLanes)
+__global__ void __launch_bounds__(kLanes, 1)
     roi_pool_3d_backward_kernel(TokenGrid<T> grid, Boxes boxes, Taps<accumulate_t<T>> taps, Owners owners,
                                 const T* __restrict__ grad_pooled, const void* __restrict__ largest,
                                 T* __restrict__ grad_tokens, void* __restrict__ partial) {
