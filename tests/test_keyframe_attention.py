@@ -595,11 +595,24 @@ def test_any_shape(data):
 @settings(max_examples=5 if _backend.INTERPRETED else 60, deadline=None)
 @given(data=st.data())
 def test_any_shape_in_triton(data):
+    # On a GPU every width is compiled for half a minute: all of them in the slow test.
+    widths = st.integers(0, 70) if _backend.INTERPRETED else st.sampled_from([0, 1, 40, 64, 70])
+    check_any_shape_in_triton(data, widths)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_shape_of_any_width_in_triton(data):
+    if _backend.INTERPRETED:
+        pytest.skip("the interpreter takes minutes; test_any_shape_in_triton draws from the same there")
+    check_any_shape_in_triton(data, st.integers(0, 70))
+
+
+def check_any_shape_in_triton(data, widths):
     if (reason := _backend.MISSING["triton"]) is not None:
         pytest.skip(f"backend triton: {reason}")
-    dtypes, widths = [torch.float32, torch.float16], st.integers(0, 70)
-    if not _backend.INTERPRETED:  # every width is compiled for half a minute
-        dtypes, widths = [*dtypes, torch.bfloat16], st.sampled_from([0, 1, 40, 64, 70])
+    dtypes = [torch.float32, torch.float16, *([] if _backend.INTERPRETED else [torch.bfloat16])]
     with use_backend("triton"), nullcontext() if _backend.INTERPRETED else torch.device("cuda"):
         check_any_shape(data, dtypes, widths)
 
