@@ -106,7 +106,9 @@ def claims(records: Records) -> str:
                 continue
             paper = "" if found.paper is None else f"{found.paper:+.1f}"
             apart = f" ({min(found.gaps):+.1f} to {max(found.gaps):+.1f})" if len(found.gaps) > 1 else ""
-            answer = "not" if not found.holds else "holds" if found.every_seed else "holds, not for every seed"
+            answer = (
+                "does not hold" if not found.holds else "holds" if found.every_seed else "holds, not for every seed"
+            )
             what = f"{experiment.title.split(':')[0]}: {trend.words} ({trend.high} against {trend.low})"
             lines.append(f"| {what} | {paper} | {found.mean:+.1f}{apart} | {answer} |")
     return "\n".join(lines)
