@@ -595,12 +595,11 @@ def test_any_shape(data):
 @settings(max_examples=5 if _backend.INTERPRETED else 60, deadline=None)
 @given(data=st.data())
 def test_any_shape_in_triton(data):
-    # On a GPU every width is compiled for half a minute: all of them in the slow test.
+    # On a GPU every width is compiled for half a minute: the next test draws all of them.
     widths = st.integers(0, 70) if _backend.INTERPRETED else st.sampled_from([0, 1, 40, 64, 70])
     check_any_shape_in_triton(data, widths)
 
 
-@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_shape_of_any_width_in_triton(data):
