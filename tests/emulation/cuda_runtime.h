@@ -6,6 +6,8 @@
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -28,9 +30,20 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 
-// Dynamic shared memory, which begins with what nobody wrote: `extern __shared__` is rewritten to a call.
+// Dynamic shared memory, which begins with what nobody wrote: `extern __shared__` is rewritten to a call. The margins
+// before and after it are nobody's.
+constexpr int64_t kEmulatedMargin = 1 << 16;
+constexpr char kEmulatedMarginByte = 1;  // of tiny numbers, which change whatever is added
 inline std::vector<char> emulated_memory;
-inline char* emulated_shared() { return emulated_memory.data(); }
+inline char* emulated_shared() { return emulated_memory.data() + kEmulatedMargin; }
+inline void emulated_check_margins() {
+  const auto is_untouched = [](char byte) { return byte == kEmulatedMarginByte; };
+  if (std::all_of(emulated_memory.begin(), emulated_memory.begin() + kEmulatedMargin, is_untouched) &&
+      std::all_of(emulated_memory.end() - kEmulatedMargin, emulated_memory.end(), is_untouched))
+    return;
+  std::printf("a kernel wrote beside its shared memory\n");
+  std::exit(1);
+}
 
 struct EmulatedWarp {
   std::barrier<> barrier{32};
@@ -51,7 +64,8 @@ template <class Kernel>
 void emulated_launch(dim3 grid, dim3 size, int64_t shared, const Kernel& kernel) {
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; ++x) {
-      emulated_memory.assign(shared, '\xff');  // NaN
+      emulated_memory.assign(shared + 2 * kEmulatedMargin, kEmulatedMarginByte);
+      std::fill_n(emulated_shared(), shared, '\xff');  // NaN
       EmulatedBlock block(size.x * size.y);
       std::vector<std::thread> threads;
       for (unsigned thread = 0; thread < size.x * size.y; ++thread)
@@ -64,6 +78,7 @@ void emulated_launch(dim3 grid, dim3 size, int64_t shared, const Kernel& kernel)
           kernel();
         });
       for (std::thread& thread : threads) thread.join();
+      emulated_check_margins();
     }
 }
 
