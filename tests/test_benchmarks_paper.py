@@ -2,6 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +98,38 @@ def test_several_at_once_make_the_same(tmp_path):
         for folder in ("runs", "alone")
     )
     assert two == alone
+
+
+BUSY_WORKER = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from benchmarks.paper.schedule import _begin
+with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, (1,)) as pool:
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process in /proc")
+def test_processes_end_when_the_command_is_killed():
+    """Even amid a run, where nothing asks whether the parent is there."""
+    root = Path(__file__).resolve().parents[1]
+    with subprocess.Popen([sys.executable, "-c", BUSY_WORKER], stdout=subprocess.PIPE, text=True, cwd=root) as command:
+        worker = int(command.stdout.readline())
+        os.kill(worker, 0)  # there is one
+        command.kill()
+    deadline = time.monotonic() + 60
+    while is_running(worker):
+        assert time.monotonic() < deadline, "the process goes on without its parent"
+        time.sleep(0.05)
+
+
+def is_running(pid):
+    """Whether a process that is not a child of this one works; one that nobody waits for is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_rendered_clips_are_the_datasets(tmp_path):
