@@ -32,7 +32,7 @@ from benchmarks.bench_keyframe_attention import composite, eager
 from benchmarks.ceilings import Work
 from evad import EVAD, EVADConfig
 from evad.profile import kept_bytes, part_seconds, profile
-from evad.recipe import parameter_groups
+from evad.recipe import adamw
 from evad_kernels.keyframe_attention import KeyframeAttention
 
 RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -315,7 +315,7 @@ def training_inputs(device, preset, size, dtype, batch):
 
 def build_training(device, preset, size, dtype, batch, rates, rivals):
     model, clips, targets = training_inputs(device, preset, size, dtype, batch)
-    optimizer = torch.optim.AdamW(parameter_groups(model, model.config), lr=0.0)
+    optimizer = adamw(model, model.config)
 
     def step(rate=0.7):
         model.set_keep_rate(rate)

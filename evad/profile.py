@@ -28,7 +28,7 @@ from .backbone import PruningBlock
 from .config import EVADConfig
 from .detector import EVAD
 from .losses import detection_losses
-from .recipe import parameter_groups
+from .recipe import adamw
 
 PARTS = {
     "patch_embed": "encoder.patch_embed",
@@ -220,7 +220,7 @@ def profile_training(
         repeats: Timed steps, at least 1.
     """
     cuda = clips.is_cuda
-    optimizer = torch.optim.AdamW(parameter_groups(model, model.config), lr=0.0)
+    optimizer = adamw(model, model.config)
 
     def step(watch: _Watch | None = None) -> None:
         with torch.autocast(clips.device.type, torch.bfloat16, enabled=autocast):

@@ -1,4 +1,4 @@
-"""How a run learns: its configuration, its learning rate at every moment, its groups of parameters.
+"""How a run learns: its configuration, its learning rate at every moment, its optimiser.
 
 Source: EVAD, Appendix B; the parameter groups are the released code's.
 """
@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from .config import EVADConfig
@@ -227,3 +228,8 @@ def parameter_groups(model: nn.Module, config: EVADConfig) -> list[dict]:
         decays = parameter.ndim > 1 and not name.endswith(("bias", "mask_token", "class_token"))
         groups[2 * head + (not decays)]["params"].append(parameter)
     return groups
+
+
+def adamw(model: nn.Module, config: EVADConfig, betas: tuple[float, float] = Training.betas) -> torch.optim.AdamW:
+    """AdamW over ``parameter_groups``, one kernel a device for all; its learning rates are 0 until they are set."""
+    return torch.optim.AdamW(parameter_groups(model, config), lr=0.0, betas=betas, fused=True)

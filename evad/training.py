@@ -39,7 +39,7 @@ from .data import Batch, collate
 from .detector import EVAD
 from .evaluation import EVALUATED, collect, score
 from .losses import Counts, count
-from .recipe import Run, learning_rate, parameter_groups
+from .recipe import Run, adamw, learning_rate
 from .snapshots import TrainingError, claim, is_full, last_good, read_snapshot, snapshots, write_snapshot
 
 Evaluate = Callable[[EVAD], dict[str, float]]
@@ -154,8 +154,7 @@ class Trainer:
             load_checkpoint(self.model, self.training.weights)
         self.model.set_recomputation(self.training.recompute)
         self.losses = self._distribute()
-        groups = parameter_groups(self.model, self.config)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=self.training.betas)
+        self.optimizer = adamw(self.model, self.config, self.training.betas)
         self.step = self.started_at = self._resume()
         self.log = Log(self.folder, self.step) if self.rank == 0 else None
         self.losses_now, self.metrics = {}, {}
