@@ -10,8 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-# Eight slices of tokens, as in the paper: with four, three prunings at 0.6 leave the keyframe alone.
-BASE = {"preset": "tiny", "tubelet_size": 2}
+BASE = {"preset": "tiny"}
 SIZES = {"96": 96, "120": 120, "144": 144}  # pixels, in the places of the paper's 224, 256 and 288
 VIT_B = {"preset": "vit_b"}
 

@@ -170,9 +170,7 @@ def _how(records: Records) -> list[str]:
         if record["kind"] == "train":
             what = (
                 f"trained {record['steps']} steps of {record['batch_size']} clips in {record['precision']}, after a "
-                "start that a seed's runs share, "
-                f"{record['start_steps'][0]} steps that locate and {record['start_steps'][1]} that recognise too, "
-                "without pruning; the decoder starts anew"
+                f"start that a seed's runs share: {record['start_steps']} steps that only locate, without pruning"
             )
         on = f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
         ways.setdefault(f"{what}; {on}", []).append(record)
