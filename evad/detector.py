@@ -274,9 +274,9 @@ class EVAD(nn.Module):
         sizes = [clips.shape[-2:]] if whole else [clip.shape[-2:] for clip in clips]
         height, width = self.padded_size(sizes)
         if whole:
-            padded = F.pad(clips, (0, width - clips.shape[4], 0, height - clips.shape[3]))
+            padded = _pad(clips, height, width)
         else:
-            padded = torch.stack([F.pad(clip, (0, width - clip.shape[3], 0, height - clip.shape[2])) for clip in clips])
+            padded = torch.stack([_pad(clip, height, width) for clip in clips])
         dtype = torch.promote_types(self.localization.proposal_boxes.dtype, torch.float32)
         whwh = _whwh(sizes, dtype, padded.device).expand(padded.shape[0], 4)
         return padded.to(self.encoder.patch_embed.weight.dtype), whwh
@@ -356,6 +356,12 @@ def _whwh(sizes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.de
 def _check_boxes(boxes: Tensor, name: str) -> None:
     if not isinstance(boxes, Tensor) or boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"EVAD: {name} must be [n, 4], got {list(getattr(boxes, 'shape', [type(boxes).__name__]))}")
+
+
+def _pad(clip: Tensor, height: int, width: int) -> Tensor:
+    """Zeros at the right and the bottom; the clip itself, not a copy, where it has the size."""
+    right, below = width - clip.shape[-1], height - clip.shape[-2]
+    return F.pad(clip, (0, right, 0, below)) if right or below else clip
 
 
 def _round_up(value: int, divisor: int) -> int:
