@@ -104,11 +104,11 @@ void bind_token_selection(py::module_& m) {
   m.def(
       "select_tokens",
       [](Address importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select, int dtype,
-         Address index, typename Device::Argument where) {
+         Address index, Address slot, typename Device::Argument where) {
         with_dtype(static_cast<DType>(dtype), [&](auto zero) {
           using T = decltype(zero);
           select_tokens<T>(pointer<const T>(importance), stride_b, stride_m, B, M, num_select, pointer<int64_t>(index),
-                           Device::where(where));
+                           pointer<int32_t>(slot), Device::where(where));
         });
       },
       NoGil());

@@ -24,7 +24,7 @@ int bit_width(Key bits) {
 
 // The num_select-th largest of keys[0:M], num_select >= 1, and how many of those equal to it are selected.
 template <class Key>
-Selection<Key> find_threshold(const Key* keys, int64_t M, int64_t num_select, Key* candidates) {
+Selection<Key> find_threshold(const Key* keys, int64_t M, int32_t num_select, Key* candidates) {
   // Importances share sign and exponent bits: the first digit starts at the highest bit in which keys differ.
   Key all = static_cast<Key>(~Key{0}), any = 0;
   for (int64_t j = 0; j < M; ++j) {
@@ -53,7 +53,9 @@ Selection<Key> find_threshold(const Key* keys, int64_t M, int64_t num_select, Ke
 }
 
 template <class T>
-void select_row(const T* importance, int64_t stride, int64_t M, int64_t num_select, int64_t* index) {
+void select_row(const T* importance, int64_t stride, int64_t M, int32_t num_select, int64_t* index, int32_t* slot) {
+  if (slot != nullptr) std::fill(slot, slot + M, kNoSlot);
+  if (num_select == 0) return;
   using Key = order_key_t<T>;
   const std::unique_ptr<Key[]> scratch(new Key[2 * M]);
   Key* const keys = scratch.get();
@@ -62,24 +64,29 @@ void select_row(const T* importance, int64_t stride, int64_t M, int64_t num_sele
   else
     for (int64_t j = 0; j < M; ++j) keys[j] = order_key(importance[j * stride]);
   const Selection<Key> selection = find_threshold(keys, M, num_select, keys + M);
-  int64_t above = 0, equal = 0;
-  for (int64_t j = 0, place = 0; place < num_select; ++j) {  // the next place is written until a selected j stays
+  int32_t above = 0, equal = 0, place = 0;
+  for (int64_t j = 0; place < num_select; ++j) {  // the next place is written until a selected j stays
     index[place] = j;
     above += keys[j] > selection.threshold;
     equal += keys[j] == selection.threshold;
     place = selection.place(above, equal);
   }
+  if (slot == nullptr) return;
+  for (int32_t k = 0; k < num_select; ++k) slot[index[k]] = k;
 }
 
 }  // namespace
 
 template <class T>
 void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select,
-                   int64_t* index, int threads) {
-  if (num_select == 0) return;
+                   int64_t* index, int32_t* slot, int threads) {
+  if (M == 0 || (num_select == 0 && slot == nullptr)) return;
   parallel_for(
       B, threads,
-      [&](int64_t b) { select_row(importance + b * stride_b, stride_m, M, num_select, index + b * num_select); },
+      [&](int64_t b) {
+        select_row(importance + b * stride_b, stride_m, M, static_cast<int32_t>(num_select), index + b * num_select,
+                   slot == nullptr ? nullptr : slot + b * M);
+      },
       kKeysPerThread / M);
 }
 
@@ -113,7 +120,7 @@ void gather_tokens_backward(const GatherGradRows& source, int32_t* copies, T* gr
 }
 
 #define EVAD_INSTANTIATE(T)                                                                                         \
-  template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int);             \
+  template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int32_t*, int);   \
   template void gather_tokens_backward<T>(const GatherGradRows&, int32_t*, T*, int);
 EVAD_FOR_EVERY_DTYPE(EVAD_INSTANTIATE)
 #undef EVAD_INSTANTIATE

@@ -1,7 +1,8 @@
 // select_tokens and gather_tokens on a GPU.
 // select_tokens: one block a row. Radix selection, 8 bits a step: a histogram in shared memory, one warp finds the
 // digit. Then a stable compaction: ballots, and one scan over warps. Up to kThreads * kKeysPerThread keys stay in
-// registers (a row is read once, 4 M bytes); a longer row is read again for each step. Writes 8 num_select bytes.
+// registers (a row is read once, 4 M bytes); a longer row is read again for each step. Writes 8 num_select bytes, and 4 M
+// for the inverse map.
 // Counts are integers, so the order in which threads arrive does not show.
 // gather_tokens: copy_rows (copy_rows.cuh); its backward too, except for a token that was kept more than once.
 #include "copy_rows.cuh"
@@ -43,9 +44,9 @@ struct Sheet {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     select_tokens_kernel(const T* __restrict__ importance, int64_t stride_b, int64_t stride_m, int64_t M,
-                         int64_t num_select, int64_t* __restrict__ index) {
+                         int64_t num_select, int64_t* __restrict__ index, int32_t* __restrict__ slot) {
   using Key = order_key_t<T>;
   __shared__ int32_t histogram[kDigits];
   __shared__ Selection<Key> selection;
@@ -53,12 +54,14 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int above_in_sheet, equal_in_sheet;
 
   const T* const row = importance + blockIdx.x * stride_b;
+  int32_t* const slots = slot == nullptr ? nullptr : slot + blockIdx.x * M;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Selection<Key> found{0, 0, num_select};  // every thread's copy of `selection`
+  Selection<Key> found{0, 0, static_cast<int32_t>(num_select)};  // every thread's copy of `selection`
+  if (num_select == 0) found.threshold = static_cast<Key>(~Key{0});  // above every key
   Sheet<T> sheet;
   sheet.load(row, stride_m, 0, M);
 
-  for (int shift = 8 * sizeof(Key) - kDigitBits; shift >= 0; shift -= kDigitBits) {
+  for (int shift = 8 * sizeof(Key) - kDigitBits; shift >= 0 && num_select > 0; shift -= kDigitBits) {
     for (int bin = threadIdx.x; bin < kDigits; bin += kThreads) histogram[bin] = 0;
     __syncthreads();
     for (int64_t begin = 0; begin < M; begin += kSheet) {
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(kThreads)
     found = selection;
   }
 
-  int64_t above_base = 0, equal_base = 0;
+  int above_base = 0, equal_base = 0;
   for (int64_t begin = 0; begin < M; begin += kSheet) {
     if (M > kSheet) sheet.load(row, stride_m, begin, M);
     unsigned above[kKeysPerThread], equal[kKeysPerThread];
@@ -121,11 +124,13 @@ __global__ void __launch_bounds__(kThreads)
     const unsigned below = (1u << lane) - 1;
 #pragma unroll
     for (int i = 0; i < kKeysPerThread; ++i) {
-      const int64_t a = above_base + above_before[i * kWarps + warp] + __popc(above[i] & below);
-      const int64_t e = equal_base + equal_before[i * kWarps + warp] + __popc(equal[i] & below);
-      const int64_t place = found.place(a, e);
-      if (found.place(a + (above[i] >> lane & 1), e + (equal[i] >> lane & 1)) > place)
-        index[blockIdx.x * num_select + place] = begin + i * kThreads + threadIdx.x;
+      const int a = above_base + above_before[i * kWarps + warp] + __popc(above[i] & below);
+      const int e = equal_base + equal_before[i * kWarps + warp] + __popc(equal[i] & below);
+      const int place = found.place(a, e);
+      const bool selected = found.place(a + (above[i] >> lane & 1), e + (equal[i] >> lane & 1)) > place;
+      const int j = i * kThreads + threadIdx.x;
+      if (selected) index[blockIdx.x * num_select + place] = begin + j;
+      if (slots != nullptr && j < sheet.count) slots[begin + j] = selected ? place : kNoSlot;
     }
     above_base += above_in_sheet;
     equal_base += equal_in_sheet;
@@ -169,10 +174,12 @@ __global__ void __launch_bounds__(256) sum_repeated_kernel(GatherGradRows source
 
 template <class T>
 void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select,
-                   int64_t* index, Stream stream) {
-  for (int64_t b = 0; b < B && num_select > 0; b += kMaxBlocks) {
+                   int64_t* index, int32_t* slot, Stream stream) {
+  const bool anything = num_select > 0 || (slot != nullptr && M > 0);
+  for (int64_t b = 0; b < B && anything; b += kMaxBlocks) {
     select_tokens_kernel<T><<<blocks_for(B - b, 1), kThreads, 0, stream>>>(
-        importance + b * stride_b, stride_b, stride_m, M, num_select, index + b * num_select);
+        importance + b * stride_b, stride_b, stride_m, M, num_select, index + b * num_select,
+        slot == nullptr ? nullptr : slot + b * M);
     check_launch("select_tokens");
   }
 }
@@ -201,7 +208,7 @@ void gather_tokens_backward(const GatherGradRows& source, int32_t* copies, T* gr
 }
 
 #define EVAD_INSTANTIATE(T)                                                                                    \
-  template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, Stream);     \
+  template void select_tokens<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t*, int32_t*, Stream); \
   template void gather_tokens_backward<T>(const GatherGradRows&, int32_t*, T*, Stream);
 EVAD_FOR_EVERY_DTYPE(EVAD_INSTANTIATE)
 #undef EVAD_INSTANTIATE

@@ -36,7 +36,7 @@ template <class Key>
 struct Selection {
   Key threshold;
   Key known;
-  int64_t rank;
+  int32_t rank;
 
   EVAD_HOST_DEVICE bool candidate(Key key) const { return (key & known) == threshold; }
 
@@ -44,7 +44,7 @@ struct Selection {
 
   // Finds the digit at `shift` from the candidates' histogram: it is `digit` or lower, and `above` candidates have one
   // higher than `digit`.
-  EVAD_HOST_DEVICE void find_digit(const int32_t* histogram, int digit, int64_t above, int shift) {
+  EVAD_HOST_DEVICE void find_digit(const int32_t* histogram, int digit, int32_t above, int shift) {
     while (above + histogram[digit] < rank) above += histogram[digit--];
     threshold = static_cast<Key>(threshold | static_cast<Key>(digit) << shift);
     known = static_cast<Key>(known | static_cast<Key>(kDigits - 1) << shift);
@@ -53,18 +53,21 @@ struct Selection {
 
   // How many are selected of keys among which `above` are above the threshold and `equal` tie with it: the place of the
   // next one that is.
-  EVAD_HOST_DEVICE int64_t place(int64_t above, int64_t equal) const { return above + (equal < rank ? equal : rank); }
+  EVAD_HOST_DEVICE int32_t place(int32_t above, int32_t equal) const { return above + (equal < rank ? equal : rank); }
 };
 
 // Each op runs on CPU threads, or on a CUDA stream (csrc/token_selection.cu).
 // index[b, :] = the num_select highest of importance[b, :], ascending; of equal ones those of lower index.
-//   importance [B, M], strides in elements    index [B, num_select], contiguous    0 <= num_select <= M
+// slot[b, m] = k where index[b, k] = m, kNoSlot where m is not selected; slot may be null.
+//   importance [B, M], strides in elements    index [B, num_select], slot [B, M], contiguous    0 <= num_select <= M < 2^31
+constexpr int32_t kNoSlot = -1;
+
 template <class T>
 void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select,
-                   int64_t* index, int threads);
+                   int64_t* index, int32_t* slot, int threads);
 template <class T>
 void select_tokens(const T* importance, int64_t stride_b, int64_t stride_m, int64_t B, int64_t M, int64_t num_select,
-                   int64_t* index, Stream stream);
+                   int64_t* index, int32_t* slot, Stream stream);
 
 // Forward of gather_tokens (copy_rows.h): the keyframe's rows, then the selected; zeros for an index outside.
 //   tokens [B, N, C], rows contiguous, strides in bytes    index [B, num_select], strides in elements

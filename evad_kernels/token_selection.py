@@ -31,14 +31,36 @@ def select_tokens(importance: Tensor, num_select: int) -> Tensor:
         TypeError: ``importance`` is not floating point, or ``num_select`` not an integer.
         RuntimeError: a backend asked for by name is missing.
     """
+    _check_selection(importance, num_select)
+    if _backend.choose("select_tokens", importance) == "reference":
+        return select_tokens_reference(importance, num_select)
+    return _select(importance, num_select)
+
+
+def select_tokens_with_slots(importance: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
+    """``select_tokens``, and the inverse of its result; on a GPU in the same launch.
+
+    Args: as of ``select_tokens``.
+    Returns:
+        index: [B, num_select], int64.
+        slot: [B, M], int32: k where ``index[b, k]`` is the token, -1 where it is not selected.
+    Raises: as ``select_tokens``.
+    """
+    _check_selection(importance, num_select)
+    if _backend.choose("select_tokens", importance) == "reference":
+        index = select_tokens_reference(importance, num_select)
+        slot = torch.full_like(importance, -1, dtype=torch.int32, memory_format=torch.contiguous_format)
+        place = torch.arange(num_select, dtype=torch.int32, device=importance.device)
+        return index, slot.scatter(1, index, place.expand_as(index))
+    return _select_with_slots(importance, num_select)
+
+
+def _check_selection(importance: Tensor, num_select: int) -> None:
     _check.tensor("select_tokens", "importance", importance, 2, "[B, M]")
     _check.floating("select_tokens", "importance", importance)
     M = importance.shape[1]
     _check.countable("select_tokens", "importance", M, "[B, M] with M")
     _check.integer("select_tokens", "num_select", num_select, M, "M")
-    if _backend.choose("select_tokens", importance) == "reference":
-        return select_tokens_reference(importance, num_select)
-    return _select(importance, num_select)
 
 
 def select_tokens_reference(importance: Tensor, num_select: int) -> Tensor:
@@ -103,24 +125,37 @@ def gather_tokens_reference(tokens: Tensor, index: Tensor, *, num_keyframe: int 
 
 
 def _select_native(importance: Tensor, num_select: int) -> Tensor:
-    B, M = importance.shape
-    index = importance.new_empty(B, num_select, dtype=torch.int64)
+    index = _select_fake(importance, num_select)
+    _launch_select(importance, num_select, index, 0)
+    return index
+
+
+def _select_with_slots_native(importance: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
+    index, slot = _select_with_slots_fake(importance, num_select)
+    _launch_select(importance, num_select, index, slot.data_ptr())
+    return index, slot
+
+
+def _launch_select(importance: Tensor, num_select: int, index: Tensor, slot: int) -> None:
     _backend.launch(
         "select_tokens",
         importance,
         importance.data_ptr(),
         *importance.stride(),
-        B,
-        M,
+        *importance.shape,
         num_select,
         _backend.DTYPE_CODE[importance.dtype],
         index.data_ptr(),
+        slot,
     )
-    return index
 
 
 def _select_fake(importance, num_select):
     return importance.new_empty(importance.shape[0], num_select, dtype=torch.int64)
+
+
+def _select_with_slots_fake(importance, num_select):
+    return _select_fake(importance, num_select), importance.new_empty(importance.shape, dtype=torch.int32)
 
 
 _select = register(
@@ -129,6 +164,14 @@ _select = register(
     triton="token_selection_triton.select",
     cuda=_select_native,
     fake=_select_fake,
+    differentiable=False,
+)
+_select_with_slots = register(
+    "select_tokens_with_slots(Tensor importance, SymInt num_select) -> (Tensor, Tensor)",
+    cpu=_select_with_slots_native,
+    triton="token_selection_triton.select_with_slots",
+    cuda=_select_with_slots_native,
+    fake=_select_with_slots_fake,
     differentiable=False,
 )
 

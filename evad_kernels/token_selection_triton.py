@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _backend
 from ._cells_triton import BLOCK_K, own_cells, ownership
 from ._triton import Launch, bits, blocks, channels, launch, power_of_two, recorded, rounded
-from .token_selection import _gather_backward_fake, _gather_fake, _select_fake
+from .token_selection import _gather_backward_fake, _gather_fake, _select_fake, _select_with_slots_fake
 
 SHEET = 4096  # keys of a row that a program holds at a time
 INFINITY = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
@@ -219,9 +219,7 @@ def select(importance: Tensor, num_select: int) -> Tensor:
 
 
 def select_with_slots(importance: Tensor, num_select: int) -> tuple[Tensor, Tensor]:
-    """index, and its inverse in the same launch: slot [B, M] int32, the place of a token in index, -1 if dropped."""
-    index = _select_fake(importance, num_select)
-    slot = importance.new_empty(importance.shape, dtype=torch.int32)
+    index, slot = _select_with_slots_fake(importance, num_select)
     _select(importance, num_select, index, slot)
     return index, slot
 

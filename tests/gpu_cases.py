@@ -14,6 +14,7 @@ from torch import Tensor
 
 import evad_kernels as ek
 from evad_kernels import _backend
+from evad_kernels.token_selection import select_tokens_with_slots
 
 
 class Case(NamedTuple):
@@ -45,7 +46,9 @@ def cases(dtype=torch.bfloat16, B=2, N=1568, seed=0):
         "keyframe_attention_topk": Case(
             lambda *qkv: ek.keyframe_attention_topk(*qkv, num_select=num_select, **some), qkv, 3
         ),
-        "select_tokens": Case(lambda x: ek.select_tokens(x, num_select), [importance], 0),
+        "select_tokens": Case(
+            lambda x: (ek.select_tokens(x, num_select), *select_tokens_with_slots(x, num_select)), [importance], 0
+        ),
         "gather_tokens": Case(
             lambda x, index: ek.gather_tokens(x, index, num_keyframe=num_keyframe), [normal(B, N, 384), index], 1
         ),
@@ -95,7 +98,9 @@ def hostile(dtype):
             lambda *qkv: ek.keyframe_attention_topk(*qkv, num_keyframe=9, num_select=20), qkv, 3
         ),
         # A row that fits a block's registers, and one that does not.
-        "select_tokens": Case(lambda x: (ek.select_tokens(x, 31), ek.select_tokens(x.repeat(1, 70), 2500)), [ties], 0),
+        "select_tokens": Case(
+            lambda x: (ek.select_tokens(x, 31), *select_tokens_with_slots(x.repeat(1, 70), 2500)), [ties], 0
+        ),
         "gather_tokens": Case(
             lambda x, index: ek.gather_tokens(x, index, num_keyframe=3), [normal(2, 45, 19), outside], 1
         ),

@@ -143,7 +143,7 @@ LAUNCHES = (
     "scatter_tokens_forward(0, 4, 4, 0, 0, False, 1, 4, 4, 0, 0, 0)",
     "scatter_tokens_backward(0, 0, 1, 1, 0, 1, 1, 4, 4, 0, 0, 0)",
     "scatter_tokens_backward_fill(0, 0, False, 1, 4, 4, 0, 0, 0, 0)",
-    "select_tokens(0, 4, 1, 1, 4, 2, 0, 0, 0)",
+    "select_tokens(0, 4, 1, 1, 4, 2, 0, 0, 0, 0)",
     "gather_tokens_forward(0, 4, 4, 0, 1, 1, 1, 4, 4, 0, 1, 4, 0, 0)",
     "gather_tokens_backward(0, 0, 1, 1, 1, 4, 4, 0, 1, 0, 0, 0, 0)",
     "roi_pool_3d_work(False, (1, 2, 4, 1, 2, 2), (0, False, 0, 1, 1), (7, 7, 2, True), 0, True)",

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from evad_kernels import gather_tokens, select_tokens, use_backend
 from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts, on_default_device
+from evad_kernels.token_selection import select_tokens_with_slots
 
 NAN, INF = math.nan, math.inf
 
@@ -74,25 +75,33 @@ def test_select_strides(backend):
     assert torch.equal(select_tokens(row, num_select), expected(row, num_select))
 
 
-def test_select_with_slots_inverts_index(backend):
-    if backend != "triton":
-        pytest.skip("the inverse map comes with Triton's selection only")
-    from evad_kernels.token_selection_triton import select_with_slots
+@pytest.mark.parametrize("kind", ["attention", "ties", "special"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["odd", "one", "none", "all", "many rows", "long"])
+def test_select_with_slots_inverts_index(backend, case, dtype, kind):
+    importance, num_select = importances(case, dtype, kind)
+    for _, strided in layouts(importance):
+        index, slot = select_tokens_with_slots(strided, num_select)
+        assert torch.equal(index, expected(importance, num_select))
+        assert slot.shape == importance.shape and slot.dtype == torch.int32 and slot.is_contiguous()
+        of = {(b, m): k for b, row in enumerate(index.tolist()) for k, m in enumerate(row)}
+        assert slot.tolist() == [[of.get((b, m), -1) for m in range(slot.shape[1])] for b in range(slot.shape[0])]
 
-    for kind in ("attention", "ties", "special"):
-        for case in ("odd", "none", "all", "long"):
-            importance, num_select = importances(case, torch.float32, kind)
-            index, slot = select_with_slots(importance, num_select)
-            assert torch.equal(index, expected(importance, num_select))
-            place = torch.arange(num_select, dtype=torch.int32).expand_as(index)
-            assert torch.equal(slot, torch.full_like(slot, -1).scatter(1, index, place))
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)], ids=str)
+def test_select_with_slots_edges(backend, shape):
+    for num_select in {0, shape[1]}:
+        index, slot = select_tokens_with_slots(torch.rand(shape), num_select)
+        assert index.shape == (shape[0], num_select) and slot.shape == shape
+    with pytest.raises(ValueError, match=r"num_select must be in \[0, M = 5\], got 6"):
+        select_tokens_with_slots(torch.ones(1, 5), 6)
 
 
 def test_select_registration():
     importance, num_select = importances("odd", torch.float32, "attention")
-    op = torch.ops.evad_kernels.select_tokens.default
-    assert_registered(op, importance, num_select)
-    assert_registered(op, importance.clone().requires_grad_(), num_select)
+    for op in (torch.ops.evad_kernels.select_tokens, torch.ops.evad_kernels.select_tokens_with_slots):
+        assert_registered(op.default, importance, num_select)
+        assert_registered(op.default, importance.clone().requires_grad_(), num_select)
 
 
 def test_select_carries_no_gradient(backend):

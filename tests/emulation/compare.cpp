@@ -46,10 +46,14 @@ void compare_selection(int64_t B, int64_t M, int64_t num_select) {
       value = kind == 0   ? std::exp(std::normal_distribution<T>(0, T(0.3))(generator))
               : kind == 1 ? static_cast<T>(draw(4))
                           : special[draw(special.size())];
-    std::vector<int64_t> emulated(B * num_select, -1), cpu = emulated;
-    select_tokens<T>(importance.data(), M, 1, B, M, num_select, emulated.data(), kStream);
-    select_tokens<T>(importance.data(), M, 1, B, M, num_select, cpu.data(), kThreads);
+    std::vector<int64_t> emulated(B * num_select, -1), cpu = emulated, alone = emulated;
+    std::vector<int32_t> slot_emulated(B * M, -2), slot_cpu = slot_emulated;
+    select_tokens<T>(importance.data(), M, 1, B, M, num_select, emulated.data(), slot_emulated.data(), kStream);
+    select_tokens<T>(importance.data(), M, 1, B, M, num_select, alone.data(), nullptr, kStream);
+    select_tokens<T>(importance.data(), M, 1, B, M, num_select, cpu.data(), slot_cpu.data(), kThreads);
     expect_same("select_tokens", emulated, cpu);
+    expect_same("select_tokens, no inverse map", alone, cpu);
+    expect_same("select_tokens: slot", slot_emulated, slot_cpu);
   }
 }
 
@@ -131,6 +135,7 @@ int main() {
   compare_selection<float>(2, 63, 20);
   compare_selection<float>(1, 1372, 902);
   compare_selection<double>(1, 600, 600);
+  compare_selection<float>(2, 700, 0);
   compare_selection<float>(1, 9000, 4500);  // more keys than registers hold
   for (const int64_t C : {3, 8, 20})  // vectors of 4 and 16 bytes
     for (const bool repeated : {false, true}) compare_copies(C, repeated);
