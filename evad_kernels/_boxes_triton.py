@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import launch, power_of_two
+from ._triton import launch, plain, power_of_two, unspecialised
 
 TILE = 256  # cells x bins of a step of a program
 
@@ -78,11 +78,11 @@ def pyramid_level(x1, y1, x2, y2, RULE: tl.constexpr, COUNT: tl.constexpr):
     return tl.where(level > 0, tl.where(level < COUNT - 1, level, COUNT - 1), 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["sizes", "B", "frames", "oh", "ow", "height", "width"])
+@triton.jit(do_not_specialize=["B", "frames", "oh", "ow", "height", "width"])
 def box_tables_kernel(
     corners,  # [items, 4] float32 or float64
     batch,  # [items / frames] int64, or None
-    sizes,  # height and width of every level, finest first
+    sizes,  # height and width of every level, finest first; unspecialised
     weight,
     window,
     span,
@@ -112,13 +112,14 @@ def box_tables_kernel(
         b = tl.load(batch + item // frames)
         is_box = is_box & (b >= 0) & (b < B)
 
-    size = tl.where(is_row, sizes[0], sizes[1])
+    size = plain(tl.where(is_row, sizes[0], sizes[1]))
     scale = tl.full((), SCALES[0], BOX)
     if level is not None:
         LEVELS: tl.constexpr = len(SCALES)
         mine = pyramid_level(x1, y1, x2, y2, RULE, LEVELS)
         for index in tl.static_range(1, LEVELS):
-            size = tl.where(mine == index, tl.where(is_row, sizes[2 * index], sizes[2 * index + 1]), size)
+            of_level = plain(tl.where(is_row, sizes[2 * index], sizes[2 * index + 1]))
+            size = tl.where(mine == index, of_level, size)
             scale = tl.where(mine == index, tl.full((), SCALES[index], BOX), scale)
         tl.store(level + item, mine, mask=is_row)
 
@@ -192,7 +193,7 @@ def box_tables(
         corners,
         corners.contiguous(),
         None if batch is None else batch.contiguous(),
-        tuple(sizes),
+        unspecialised(sizes),
         *tables,
         B,
         corners.shape[1] if corners.ndim == 3 else 1,

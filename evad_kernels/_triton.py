@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +120,7 @@ def specialised(kernel: triton.runtime.JITFunction, named: dict[str, Any]) -> tu
         name, value = parameter.name, named[parameter.name]
         special = not parameter.do_not_specialize
         if isinstance(value, tuple) and not parameter.is_constexpr:
-            signature[name] = tuple(_kind(element, special) for element in value)
+            signature[name] = tuple(_kind(element, True) for element in value)
         else:
             signature[name] = "constexpr" if parameter.is_constexpr else _kind(value, special)
         if signature[name] == "constexpr":
@@ -136,6 +136,21 @@ def _kind(value: object, special: bool) -> str:
     if type(value) is int:
         return ("i32" if -(2**31) <= value < 2**31 else "i64") + (":16" if special and value % 16 == 0 else "")
     return {bool: "u1", float: "fp32"}[type(value)]
+
+
+def unspecialised(integers: Iterable[int]) -> tuple[int, ...]:
+    """Integers of at least 0 for a kernel that reads them with ``plain``, compiled once for all their values.
+
+    Of a tuple's elements Triton takes 1 for a constant and notes which are multiples of 16, whatever do_not_specialize
+    says: these are odd, and 3 at least.
+    """
+    return tuple(2 * i + 3 for i in integers)
+
+
+@triton.jit
+def plain(x):
+    """The integer that ``unspecialised`` was given."""
+    return (x - 3) >> 1
 
 
 def blocks(size: int, block: int) -> int:

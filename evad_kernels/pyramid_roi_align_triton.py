@@ -23,7 +23,7 @@ import triton.language as tl
 
 from ._boxes import BoxesByImage
 from ._boxes_triton import Levels, Tile, add_bins, box_tables, boxes_of, touches
-from ._triton import Launch, blocks, launch, power_of_two, recorded, rounded
+from ._triton import Launch, blocks, launch, plain, power_of_two, recorded, rounded, unspecialised
 from .pyramid_roi_align import _backward_fake, _forward_fake
 
 TAPS = 3  # columns of a bin whose loads go out together: as many as two samples touch where a bin is up to 2 cells wide
@@ -42,10 +42,10 @@ def add_cells(total, cells, stride_c, c, C, weight, ALIGNMENT: tl.constexpr):
     return total + weight[None, :] * features.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["strides", "boxes_per_image", "C", "oh", "ow", "height", "width"])
+@triton.jit(do_not_specialize=["boxes_per_image", "C", "oh", "ow", "height", "width"])
 def pyramid_roi_align_forward_kernel(
     levels,  # of [B, C, h, w], finest first
-    strides,  # of image, channel, row and column of every level
+    strides,  # of image, channel, row and column of every level; unspecialised
     weight,  # BoxTables
     window,
     level,
@@ -68,15 +68,15 @@ def pyramid_roi_align_forward_kernel(
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     b = r // boxes_per_image if batch is None else tl.load(batch + r)
     mine = tl.load(level + r)
-    features = levels[0]
-    stride_b, stride_c = tl.cast(strides[0], tl.int64), tl.cast(strides[1], tl.int64)
-    stride_h, stride_w = tl.cast(strides[2], tl.int64), tl.cast(strides[3], tl.int64)
+    features, (stride_b, stride_c, stride_h, stride_w) = levels[0], strides[:4]
     for index in tl.static_range(1, LEVELS):
         features = tl.where(mine == index, levels[index], features)
         stride_b = tl.where(mine == index, strides[4 * index], stride_b)
         stride_c = tl.where(mine == index, strides[4 * index + 1], stride_c)
         stride_h = tl.where(mine == index, strides[4 * index + 2], stride_h)
         stride_w = tl.where(mine == index, strides[4 * index + 3], stride_w)
+    stride_b, stride_c = plain(tl.cast(stride_b, tl.int64)), plain(tl.cast(stride_c, tl.int64))
+    stride_h, stride_w = plain(tl.cast(stride_h, tl.int64)), plain(tl.cast(stride_w, tl.int64))
     features += b * stride_b
     if CHANNELS_LAST:
         stride_c = 1
@@ -120,7 +120,7 @@ def pyramid_roi_align_forward_kernel(
             tl.store(samples + at, rounded(bin, samples.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["sizes", "boxes_per_image", "oh", "ow", "height", "width"])
+@triton.jit(do_not_specialize=["tiles", "boxes_per_image", "oh", "ow", "height", "width"])
 def pyramid_roi_align_backward_kernel(
     grad_samples,  # [R, oh, ow, C]
     weight,  # BoxTables
@@ -130,7 +130,8 @@ def pyramid_roi_align_backward_kernel(
     order,  # BoxesByImage
     begin,
     grad_levels,  # of [B, C, h, w] contiguous, finest first
-    sizes,  # height and width of every level
+    sizes,  # height and width of every level, unspecialised
+    tiles,  # of all levels
     boxes_per_image,
     C,
     oh,
@@ -143,20 +144,20 @@ def pyramid_roi_align_backward_kernel(
     CHANNELS: tl.constexpr,
     BINS: tl.constexpr,  # at least oh and ow
 ):
-    tile = tl.program_id(0)
+    tile, b = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    b = tl.program_id(2)
     mine = tl.full((), 0, tl.int32)
-    grad_level, h, w = grad_levels[0], sizes[0], sizes[1]
-    begin_tile, next_tile = 0, tl.cdiv(sizes[0], ROWS) * tl.cdiv(sizes[1], COLUMNS)
+    grad_level, h, w = grad_levels[0], plain(sizes[0]), plain(sizes[1])
+    begin_tile, next_tile = 0, tl.cdiv(h, ROWS) * tl.cdiv(w, COLUMNS)
     for index in tl.static_range(1, LEVELS):
         is_beyond = tile >= next_tile
         mine = tl.where(is_beyond, index, mine)
         grad_level = tl.where(is_beyond, grad_levels[index], grad_level)
-        h = tl.where(is_beyond, sizes[2 * index], h)
-        w = tl.where(is_beyond, sizes[2 * index + 1], w)
+        level_h, level_w = plain(sizes[2 * index]), plain(sizes[2 * index + 1])
+        h = tl.where(is_beyond, level_h, h)
+        w = tl.where(is_beyond, level_w, w)
         begin_tile = tl.where(is_beyond, next_tile, begin_tile)
-        next_tile += tl.cdiv(sizes[2 * index], ROWS) * tl.cdiv(sizes[2 * index + 1], COLUMNS)
+        next_tile += tl.cdiv(level_h, ROWS) * tl.cdiv(level_w, COLUMNS)
     tiles_x = tl.cdiv(w, COLUMNS)
     first_y = (tile - begin_tile) // tiles_x * ROWS
     first_x = (tile - begin_tile) % tiles_x * COLUMNS
@@ -190,7 +191,7 @@ def forward(levels, corners, batch, strides, output, *sampling):
         (R, blocks(C, channels)),
         samples,
         tuple(levels),
-        tuple(stride for level in levels for stride in level.stride()),
+        unspecialised(stride for level in levels for stride in level.stride()),
         tables.weight,
         tables.window,
         tables.level,
@@ -229,7 +230,7 @@ def backward(grad_samples, B, sizes, corners, batch, strides, output, *sampling)
     tiles = sum(blocks(h, rows) * blocks(w, columns) for h, w in zip(sizes[::2], sizes[1::2], strict=True))
     launch(
         pyramid_roi_align_backward_kernel,
-        (tiles, blocks(C, channels), B),
+        (tiles * B, blocks(C, channels)),
         grad_samples,
         grad_samples.permute(0, 2, 3, 1).contiguous(),
         tables.weight,
@@ -238,7 +239,8 @@ def backward(grad_samples, B, sizes, corners, batch, strides, output, *sampling)
         tables.level,
         *BoxesByImage.of(batch, B),
         tuple(grad_levels),
-        tuple(sizes),
+        unspecialised(sizes),
+        tiles,
         R // max(B, 1),
         C,
         oh,

@@ -282,14 +282,13 @@ def roi_3d_backward_kernel(
     CHANNELS: tl.constexpr,
     BINS: tl.constexpr,  # at least oh and ow
 ):
-    tile = tl.program_id(0)
+    tile, group = tl.program_id(0) % (T * tiles), tl.program_id(0) // (T * tiles)
     t = tile // tiles
     first_y = tile % tiles // tiles_x * ROWS
     first_x = tile % tiles_x * COLUMNS
     y = first_y + tl.arange(0, ROWS)
     x = first_x + tl.arange(0, COLUMNS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    group = tl.program_id(2)
     exists = (y < Gh)[:, None] & (x < Gw)[None, :]
     cell = (t * Gh + y)[:, None] * Gw + x[None, :]
     dropped_sum = tl.zeros([ROWS, COLUMNS, CHANNELS], tl.float32)
@@ -429,7 +428,7 @@ def backward(grad, largest, position, corners, batch, grid, output, *sampling_an
     partial = grad.new_empty(shape, dtype=torch.float32) if background_ndim else None
     launch(
         roi_3d_backward_kernel,
-        (T * tiles, blocks(C, channels), groups),
+        (T * tiles * groups, blocks(C, channels)),
         grad,
         grad,
         None if largest is None else largest.contiguous(),
