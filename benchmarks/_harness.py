@@ -3,7 +3,7 @@
 A round calls every contestant once, in an order that rotates, so a slow moment of the machine falls on all of them.
 Results are medians with the 20th and 80th percentiles. On a GPU a round is several calls and one synchronisation, and
 calls are replays of CUDA graphs where a contestant can be captured: what is compared is kernels, not Python. "ours,
-launched" is ours as a plain call.
+launched" is ours as a plain call, which goals compare with a rival that no graph can hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -59,39 +59,48 @@ class Goal(NamedTuple):
     base: float = 0
 
     def outcome(
-        self, milliseconds: dict[str, float], memory: dict[str, float], floor: float | None = None
-    ) -> dict | None:
-        """The goal in words, what was reached, and whether that meets it; None where it was not measured."""
+        self,
+        milliseconds: dict[str, float],
+        memory: dict[str, float],
+        floor: float | None = None,
+        launched: Collection[str] = (),
+    ) -> dict:
+        """The goal in words, what was reached (None: not measured), and whether that meets it.
+
+        Rivals in ``launched`` are compared with ours as it is launched, not with the replay of its graph.
+        """
         several = (self.rival,) if isinstance(self.rival, str) else self.rival
         rival = min((name for name in several if name in milliseconds), key=milliseconds.get, default=None)
-        name = several[0] if len(several) == 1 else f"the fastest of {', '.join(several)} ({rival})"
+        name = several[0] if len(several) == 1 else f"the fastest of {', '.join(several)}"
+        ours, theirs = milliseconds["ours"], milliseconds.get(rival)
+        name += f" ({rival})" if rival and len(several) > 1 else ""
+        if rival in launched:
+            ours, name = milliseconds["ours, launched"], f"{name}, both launched"
         if self.measure == "memory":
-            base = self.base or memory.get(name)
-            if "ours" not in memory or not base:
-                return None
-            reached, text = memory["ours"] / base, f"extra memory at most {self.value:.0%} of {name}"
+            base = self.base or memory.get(several[0])
+            reached = memory["ours"] / base if "ours" in memory and base else None
+            text = f"extra memory at most {self.value:.0%} of {several[0]}"
         elif self.measure == "ms":
-            reached, text = milliseconds["ours"], f"at most {self.value:g} ms"
+            reached, text = ours, f"at most {self.value:g} ms"
         elif self.measure == "floor":
-            if floor is None:
-                return None
-            reached, text = milliseconds["ours"] / floor, f"at most {self.value:.3g} times the floor"
-        elif rival is None:
-            return None
+            reached, text = floor and ours / floor, f"at most {self.value:.3g} times the floor"
         elif self.measure == "harvest":
-            reached = milliseconds[rival] / milliseconds["ours"] / self.base
+            reached = theirs and theirs / ours / self.base
             text = f"{self.value:.0%} of {self.base:.3g}x, what the operations saved from {name} allow"
         elif self.measure == "speed-up":
-            reached, text = milliseconds[rival] / milliseconds["ours"], f"at least {self.value:g}x {name}"
+            reached, text = theirs and theirs / ours, f"at least {self.value:g}x {name}"
         else:
-            reached, text = milliseconds["ours"] / milliseconds[rival], f"at most {self.value:g} of {name}"
+            reached, text = theirs and ours / theirs, f"at most {self.value:g} of {name}"
+        if reached is None:
+            return {"goal": text, "reached": None, "met": False}
         met = reached >= self.value if self.measure in ("speed-up", "harvest") else reached <= self.value
         return {"goal": text, "reached": significant(reached), "met": bool(met)}
 
 
-def either(on_cpu: dict, on_gpu: dict) -> pytest.MarkDecorator:
-    """Cases of both devices; ``Contest.chosen`` skips those of the other."""
-    return pytest.mark.parametrize("case", list(dict.fromkeys((*on_cpu, *on_gpu))))
+def either(on_cpu: dict, on_gpu: dict, later: Collection[str] = ()) -> pytest.MarkDecorator:
+    """Cases of both devices; ``Contest.chosen`` skips those of the other. On a GPU ``later`` ones end the file."""
+    cases = dict.fromkeys((*on_cpu, *on_gpu))
+    return pytest.mark.parametrize("case", [pytest.param(x, marks=[pytest.mark.later] * (x in later)) for x in cases])
 
 
 class Contest:
@@ -152,8 +161,8 @@ class Contest:
                     functions[name] = rival
                 else:
                     unavailable[name] = reason
-            graphs = [name for name in functions if capture and name not in contestants.waits]
-            samples = self._time(functions, seconds, graphs)
+            several, launched = self._several(functions, contestants.waits, capture and self.device != "cpu")
+            samples = self._time(several, seconds)
             details = describe(contestants) if describe else {}
             if self.device == "cpu":
                 memory = measure_memory(build, arguments, warm_up or {}, gradient, memory_of)
@@ -169,20 +178,59 @@ class Contest:
             "headline": headline,
             "times": times,
             "unavailable": unavailable,
-            "goals": [
-                outcome
-                for goal in goals
-                if (outcome := goal.outcome(milliseconds, memory, floor and floor["ms"])) is not None
-            ],
+            "goals": [goal.outcome(milliseconds, memory, floor and floor["ms"], launched) for goal in goals],
         }
         row["goals"] += details.pop("goals", [])
         if floor:
             row["floor"] = {**floor, "reached": significant(floor["ms"] / milliseconds["ours"])}
+        if launched:
+            row["launched"] = launched
         if memory:
             row["memory_mb"] = {name: significant(value / 1e6) for name, value in memory.items()}
         if details:
             row["details"] = details
         self.rows.append(row)
+
+    def first_calls(
+        self,
+        op: str,
+        case: str,
+        build: Callable[..., Contestants],
+        arguments: dict,
+        others: dict[str, dict],
+        *,
+        most: float,
+        gradient: bool = False,
+    ) -> None:
+        """Time the first call of ours for each of ``others``, which changes ``arguments``, after a call with these.
+
+        The goal is that the slowest takes at most ``most`` milliseconds. Nothing is checked: other rows do.
+        """
+        samples = {}
+
+        def first(**changed):
+            function = build(device=self.device, **{**arguments, **changed}).ours
+            return self._once(functools.partial(self._calls, function), 1)
+
+        def measure():
+            samples.update((name, first(**changed)) for name, changed in others.items())
+
+        with nullcontext() if gradient else torch.inference_mode(), self._stream():
+            first()
+            self.benchmark.pedantic(measure)
+        goal = Goal("ms", most).outcome({"ours": 1e3 * max(samples.values())}, {})
+        self.rows.append(
+            {
+                "bench": self.stem,
+                "op": op,
+                "case": case,
+                "headline": False,
+                "times": {"ours": _percentiles(list(samples.values()))},
+                "unavailable": {},
+                "goals": [{**goal, "goal": f"the slowest {goal['goal']}"}],
+                "details": {"first_call_ms": {name: significant(1e3 * value) for name, value in samples.items()}},
+            }
+        )
 
     def _stream(self) -> contextlib.AbstractContextManager:
         """One stream for all that a row does: a backward runs where its forward did, and there it is captured."""
@@ -197,15 +245,28 @@ class Contest:
         chosen = next((name for name in here if _backend.unavailable(op, name) is None), None)
         return {f"ours, backend {name}": on_backend(name, ours) for name in here if name != chosen}
 
-    def _time(self, functions: dict[str, Callable], seconds: float, graphs: list[str]) -> dict[str, list[float]]:
-        """Seconds of one call, for every contestant and round; on a GPU some as graphs."""
+    def _several(
+        self, functions: dict[str, Callable], waits: Collection[str], capture: bool
+    ) -> tuple[dict[str, Callable[[int], None]], dict[str, str]]:
+        """Each contestant as a function of how many calls to make, and those that no graph holds though asked for: why.
+
+        Where ours is among these, the others are plain calls too.
+        """
+        calls = {name: functools.partial(self._calls, function) for name, function in functions.items()}
+        if not capture:
+            return calls, {}
+        launched = {name: "waits for the device" for name in waits if name in functions}
+        replays = {"ours, launched": calls["ours"]}
+        for name in [name for name in functions if name not in launched]:
+            try:
+                replays[name] = functools.partial(self._calls, captured(functions[name]))
+            except Exception as error:  # what cannot be captured is timed as users call it
+                launched[name] = _first_line(error)
+        return (calls, {"ours": launched["ours"]}) if "ours" in launched else (calls | replays, launched)
+
+    def _time(self, several: dict[str, Callable[[int], None]], seconds: float) -> dict[str, list[float]]:
+        """Seconds of one call, for every contestant and round."""
         calls = rounds = 1
-        if self.device == "cpu":
-            several = {name: functools.partial(self._calls, function) for name, function in functions.items()}
-        else:
-            several = {name: self._replays(functions[name], name in graphs) for name in functions}
-            if "ours" in graphs:
-                several["ours, launched"] = functools.partial(self._calls, functions["ours"])
         names = list(several)
         if not self.smoke:
             estimate = {name: min(self._once(several[name], 1) for _ in range(2)) for name in names}
@@ -232,15 +293,6 @@ class Contest:
         if self.device != "cpu":
             torch.cuda.synchronize()
 
-    def _replays(self, function: Callable, capture: bool) -> Callable[[int], None]:
-        """``_calls`` of the function's graph, or of the function where it cannot be captured."""
-        if capture:
-            try:
-                function = captured(function)
-            except Exception as error:  # what cannot be captured is timed as users call it
-                print(f"not captured: {type(error).__name__}: {str(error)[:120]}")
-        return functools.partial(self._calls, function)
-
     def _once(self, several: Callable[[int], None], calls: int) -> float:
         begin = time.perf_counter()
         several(calls)
@@ -260,8 +312,12 @@ def _first_call(rival: Callable) -> str | None:
     try:
         rival()
     except Exception as error:  # whatever a rival raises, it is recorded, not ours to fix
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+        return _first_line(error)
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
 
 
 def _percentiles(samples: list[float]) -> dict:
@@ -277,6 +333,23 @@ def significant(value: float) -> float:
 def draw(*shape: int, seed: int, dtype: torch.dtype, device: str) -> Tensor:
     """Standard normal values, the same on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def backward_of(
+    forward: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor | None = None
+) -> Callable[[], tuple]:
+    """The backward alone, again and again, on the graph of one forward, which the first call runs."""
+    kept = []
+
+    def call():
+        if not kept:
+            output = forward()
+            drawn = draw(*output.shape, seed=3, dtype=output.dtype, device=output.device) if grad is None else grad
+            kept.append((output, drawn))
+        output, grad_output = kept[0]
+        return torch.autograd.grad(output, leaves, grad_output, retain_graph=True, allow_unused=True)
+
+    return call
 
 
 def assert_same(ours: object, rival: object) -> None:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 import evad_kernels
-from benchmarks._harness import Contestants, Goal, assert_same, draw, either
+from benchmarks._harness import Contestants, Goal, assert_same, backward_of, draw, either
 from benchmarks.ceilings import Work
 from evad_kernels.testing import assert_accurate
 
@@ -27,14 +27,11 @@ def cases(dtype: str, *sizes: tuple[int, int], D: int = 64) -> dict[str, dict]:
 
 LENGTHS = (1568, 2592, 4608)
 EVERY_LENGTH = [(8, N) for N in LENGTHS]
+MAIN = cases("bfloat16", *EVERY_LENGTH)
+OTHER = {**cases("bfloat16", *((1, N) for N in LENGTHS)), **cases("bfloat16", *EVERY_LENGTH, D=128)}  # no goals
 ON_CPU = [(1, 1568), (8, 1568), (1, 784), (1, 2592), (1, 4608)]
 TOPK = cases("bfloat16", *ON_CPU) | cases("float32", *ON_CPU)
-TOPK_GPU = {
-    **cases("bfloat16", *EVERY_LENGTH),
-    **cases("bfloat16", *((1, N) for N in LENGTHS)),
-    **cases("bfloat16", *EVERY_LENGTH, D=128),
-    **cases("float32", (8, 1568)),
-}
+TOPK_GPU = MAIN | OTHER | cases("float32", (8, 1568))
 GOALS = {
     "bfloat16 N1568 B1": (Goal("speed-up", 8, "eager"), Goal("time", 0.9, "SDPA alone")),
     "float32 N1568 B1": (Goal("speed-up", 3.5, "eager"), Goal("time", 1.0, "SDPA alone")),
@@ -45,18 +42,17 @@ GOALS_GPU = (
     Goal("speed-up", 4.5, "eager"),
     Goal("speed-up", 9, "eager, float32"),
     Goal("speed-up", 2, COLREDUCE),
-    Goal("speed-up", 1.6, "FlexAttention, roles swapped"),
 )
+FLEX = "FlexAttention, roles swapped"
 PLAIN = {
     f"{dtype} {name}": {"B": 1, "H": H, "N": N, "D": 64, "dtype": dtype}
     for dtype in ("bfloat16", "float32")
     for name, H, N in (("encoder N1568", 12, 1568), ("decoder N639 H6", 6, 639))
 }
 PLAIN_GPU = {
-    **cases("bfloat16", *EVERY_LENGTH),
+    **MAIN,
     "bfloat16 decoder N639 B8": {"B": 8, "H": 6, "N": 639, "D": 64, "dtype": "bfloat16"},
 }
-IMPORTANCE_GPU = cases("bfloat16", *EVERY_LENGTH) | cases("bfloat16", *EVERY_LENGTH, D=128)
 BACKWARD = {
     f"{dtype} N1568 B1{', importance too' if through_importance else ''}": {
         "B": 1,
@@ -68,13 +64,8 @@ BACKWARD = {
     }
     for dtype, through_importance in (("bfloat16", False), ("float32", False), ("float32", True))
 }
-BACKWARD_GPU = {
-    name: {**shape, "through_importance": False} for name, shape in cases("bfloat16", *EVERY_LENGTH).items()
-} | {
-    "bfloat16 N1568 B8, importance too": {
-        **cases("bfloat16", (8, 1568))["bfloat16 N1568 B8"],
-        "through_importance": True,
-    }
+BACKWARD_GPU = {name: {**shape, "through_importance": False} for name, shape in (MAIN | OTHER).items()} | {
+    "bfloat16 N1568 B8, importance too": {**MAIN["bfloat16 N1568 B8"], "through_importance": True}
 }
 
 
@@ -213,15 +204,10 @@ def rivals_on_gpu(query, key, value):
     for name in SDPA:
         rivals[f"{name} alone"] = functools.partial(sdpa, name, query, key, value)
         rivals[f"{name} + flash-colreduce"] = functools.partial(with_colreduce, name, query, key, value, **counts(N))
-    if query.shape[0] > 1 and query.shape[3] == 64 and query.dtype != torch.float32:  # compiles for half a minute
-        attend = compiled(flex_attention)
-        rivals["FlexAttention, roles swapped"] = lambda: swapped_flex(attend, query, key, value, **counts(N))
-    if N == 1568 and query.shape[3] == 64:
-        rivals["compiled eager"] = lambda: compiled(eager)(query, key, value, **counts(N))
     return rivals
 
 
-def build_topk(device, **shape):
+def build_topk(device, compilers=False, **shape):
     query, key, value = inputs(**shape, device=device)
     N = shape["N"]
 
@@ -229,8 +215,13 @@ def build_topk(device, **shape):
         return evad_kernels.keyframe_attention_topk(query, key, value, **counts(N))
 
     rivals = {"eager": lambda: eager(query, key, value, **counts(N))}
-    if query.is_cuda:
+    if compilers:
+        attend = compiled(flex_attention)
+        rivals[FLEX] = lambda: swapped_flex(attend, query, key, value, **counts(N))
+        rivals["compiled eager"] = lambda: compiled(eager)(query, key, value, **counts(N))
+    elif query.is_cuda:
         rivals |= rivals_on_gpu(query, key, value)
+    if query.is_cuda:
         return Contestants(ours, rivals, lambda: check_topk(ours(), query, key, value), work_topk(**shape))
     rivals |= {
         "SDPA alone": lambda: F.scaled_dot_product_attention(query, key, value),
@@ -243,18 +234,21 @@ def build_topk(device, **shape):
     return Contestants(ours, rivals, lambda: check_topk(ours(), query, key, value), work(**shape))
 
 
-@either(TOPK, TOPK_GPU)
+def memory_goal(value, B, H, N, D, dtype):
+    return Goal("memory", value, "the eager map", B * H * N**2 * getattr(torch, dtype).itemsize)
+
+
+@either(TOPK, TOPK_GPU, later=TOPK_GPU.keys() - MAIN)
 def bench_topk(contest, case):
     shape = contest.chosen(case, TOPK, TOPK_GPU)
-    eager_map = shape["B"] * shape["H"] * shape["N"] ** 2 * getattr(torch, shape["dtype"]).itemsize
     main = shape["N"] == 1568 and shape["D"] == 64
     if contest.device == "cpu":
-        goals = (*GOALS.get(case, ()), Goal("memory", 0.05, "the eager map", eager_map))
-        memory_of = ("ours", "eager", "SDPA alone", "SDPA + column sum") if main and shape["B"] == 1 else ()
+        goals = GOALS.get(case, ())
+        goals += (memory_goal(0.05, **shape),) if goals else ()
+        memory_of = ("ours", "eager", "SDPA alone", "SDPA + column sum") if goals else ()
     else:
-        memory = Goal("memory", 0.02, "the eager map", eager_map)
-        goals = (*GOALS_GPU, memory) if shape["D"] == 64 and shape["B"] == 8 and shape["dtype"] == "bfloat16" else ()
-        memory_of = ("ours", "eager", *COLREDUCE[:1], "FlexAttention, roles swapped")
+        goals = (*GOALS_GPU, memory_goal(0.02, **shape)) if case in MAIN else ()
+        memory_of = ("ours", "eager", *COLREDUCE[:1])
     contest.run(
         "keyframe_attention_topk",
         case,
@@ -265,6 +259,191 @@ def bench_topk(contest, case):
         warm_up={"N": 256},
         headline=main if contest.device == "cpu" else shape["D"] == 64,
         seconds=3.0 if contest.device == "cpu" else 1.0,
+    )
+
+
+def build_backward(device, through_importance, **shape):
+    fused = evad_kernels.keyframe_attention_topk
+    leaves = inputs(**shape, device=device, gradient=True)
+    N = shape["N"]
+    rows = sum(counts(N).values())
+    grad_output = draw(shape["B"], shape["H"], rows, shape["D"], seed=3, dtype=leaves[0].dtype, device=device)
+    grad_importance = draw(shape["B"], N - N // 8, seed=4, dtype=torch.float32, device=device)
+
+    def through(function):
+        output, _, importance = function(*leaves, **counts(N))
+        if not through_importance:
+            return torch.autograd.grad(output, leaves, grad_output)
+        return torch.autograd.grad([output, importance], leaves, [grad_output, grad_importance.to(importance.dtype)])
+
+    padded = F.pad(grad_output, (0, 0, 0, N - rows))
+
+    def alone():
+        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, padded)
+
+    def check():
+        """The last clip of a batch: in float64 the maps of all would not fit."""
+        index = fused(*leaves, **counts(N)).index[-1:]
+
+        def on_reference(dtype):
+            """Of the rows that ours keeps: a tie of roundings must not compare different tokens."""
+            own = [leaf[-1:].detach().to(dtype).requires_grad_() for leaf in leaves]
+            with evad_kernels.use_backend("reference"):
+                output, importance = evad_kernels.keyframe_attention(*own, num_keyframe=N // 8)
+            pairs = [(kept_rows(output, index, N // 8), grad_output), (importance, grad_importance)]
+            outputs, grads = zip(*pairs[: 1 + through_importance], strict=True)
+            return torch.autograd.grad(
+                outputs, own, [grad[-1:].to(x.dtype) for grad, x in zip(grads, outputs, strict=True)]
+            )
+
+        results = through(fused), on_reference(leaves[0].dtype), on_reference(torch.double)
+        for name, *triple in zip(("query", "key", "value"), *results, strict=True):
+            assert_accurate(*(grad[-1:] for grad in triple), label=f"grad_{name}")
+
+    rivals = {"eager": lambda: through(eager), "SDPA alone": alone}
+    if leaves[0].is_cuda:
+        del rivals["SDPA alone"]
+        rivals |= {name: lambda name=name: torch.autograd.grad(sdpa(name, *leaves), leaves, padded) for name in SDPA}
+    B, H, D, dtype = (shape[name] for name in ("B", "H", "D", "dtype"))
+    backward_rows = N if through_importance else rows
+    forward = work(**shape)
+    flops = forward.flops + 10 * B * H * backward_rows * N * D
+    floor = Work(2 * forward.bytes, flops, forward.exps + B * H * backward_rows * N, getattr(torch, dtype))
+    return Contestants(lambda: through(fused), rivals, check, floor)
+
+
+@either(BACKWARD, BACKWARD_GPU, later=OTHER)
+def bench_backward(contest, case):
+    on_cpu, main = contest.device == "cpu", case.partition(",")[0] in MAIN
+    goals = (Goal("speed-up", 2.5 if on_cpu else 4, "eager"),) if on_cpu or main else ()
+    contest.run(
+        "keyframe_attention_topk, forward + backward",
+        case,
+        build_backward,
+        contest.chosen(case, BACKWARD, BACKWARD_GPU),
+        goals=goals + ((memory_goal(0.02, **MAIN[case]),) if not on_cpu and case in MAIN else ()),
+        memory_of=() if on_cpu else ("ours", "eager"),
+        gradient=True,
+        headline=on_cpu or main,
+        seconds=3.0 if on_cpu else 1.0,
+    )
+
+
+def build_backward_alone(device, **shape):
+    """The backward of the kept rows beside full backwards of the fastest attentions, each on its own graph."""
+    leaves = inputs(**shape, device=device, gradient=True)
+    N, rows = shape["N"], sum(counts(shape["N"]).values())
+    grad = draw(shape["B"], shape["H"], N, shape["D"], seed=3, dtype=leaves[0].dtype, device=device)
+
+    def whole():
+        return evad_kernels.keyframe_attention(*leaves, num_keyframe=N).output
+
+    def ours():
+        return evad_kernels.keyframe_attention_topk(*leaves, **counts(N)).output
+
+    rivals = {"ours, all rows": whole, **{name: functools.partial(sdpa, name, *leaves) for name in SDPA}}
+    rivals = {name: backward_of(forward, leaves, grad) for name, forward in rivals.items()}
+    B, H, D, dtype = (shape[name] for name in ("B", "H", "D", "dtype"))
+    work = Work(flops=10 * B * H * rows * N * D, exps=B * H * rows * N, dtype=getattr(torch, dtype))
+    # What it computes is checked by the row of forward + backward.
+    return Contestants(backward_of(ours, leaves, grad[:, :, :rows]), rivals, lambda: None, work)
+
+
+@either({}, MAIN | OTHER, later=OTHER)
+def bench_backward_alone(contest, case):
+    contest.run(
+        "keyframe_attention_topk, backward of kept rows",
+        case,
+        build_backward_alone,
+        contest.chosen(case, {}, MAIN | OTHER),
+        goals=(Goal("speed-up", 1.2, SDPA),) if case in MAIN else (),
+        gradient=True,
+        seconds=1.0,
+    )
+
+
+def build_importance(device, **shape):
+    """Attention with its importance beside the fastest attention without."""
+    query, key, value = inputs(**shape, device=device)
+    N = shape["N"]
+
+    def ours():
+        return evad_kernels.keyframe_attention(query, key, value, num_keyframe=N // 8)
+
+    def plain():
+        return evad_kernels.keyframe_attention(query, key, value, num_keyframe=N).output
+
+    def check():
+        output, importance = (x[-1:] for x in ours())
+        last = [x[-1:] for x in (query, key, value)]
+        with evad_kernels.use_backend("reference"):
+            references = evad_kernels.keyframe_attention(*last, num_keyframe=N // 8)
+        for got, reference, true in zip((output, importance), references, truth(*last), strict=True):
+            assert_accurate(got, reference, true, label="output and importance")
+
+    rivals = {"ours, without importance": plain}
+    rivals |= {name: functools.partial(sdpa, name, query, key, value) for name in SDPA}
+    return Contestants(ours, rivals, check, work_topk(**shape))
+
+
+@either({}, MAIN | OTHER, later=OTHER)
+def bench_importance(contest, case):
+    shape = contest.chosen(case, {}, MAIN | OTHER)
+    plain = ("ours, without importance", *SDPA)
+    contest.run(
+        "keyframe_attention with importance",
+        case,
+        build_importance,
+        shape,
+        goals=(Goal("time", 1.5, plain),) if case in MAIN else (),
+        seconds=0.5,
+    )
+
+
+def build_score(device, **shape):
+    """The score pass alone, from the rows' log-sum-exp: its floor is the exponentials of the columns summed."""
+    from evad_kernels import keyframe_attention_triton as kernels
+
+    query, key, value = inputs(**shape, device=device)
+    B, H, N, D, dtype = (shape[name] for name in ("B", "H", "N", "D", "dtype"))
+    _, importance, lse = kernels.forward(query, key, value, N // 8, 1.0, D**-0.5)
+
+    def ours():
+        return kernels.score(query, key, lse, N // 8, 1.0, D**-0.5)
+
+    pairs = B * H * N * (N - N // 8)
+    work = Work(flops=2 * pairs * D, exps=pairs, dtype=getattr(torch, dtype))
+    return Contestants(ours, {}, lambda: assert_same(ours(), importance), work)
+
+
+@either({}, MAIN | OTHER, later=OTHER)
+def bench_score(contest, case):
+    shape = contest.chosen(case, {}, MAIN | OTHER)
+    goals = (Goal("floor", 1.35),) if case in MAIN else ()
+    contest.run("keyframe_attention, score pass", case, build_score, shape, goals=goals, seconds=0.5)
+
+
+FIRST = {  # lengths that no other row has; below 1024 tokens other kernels serve
+    f"bfloat16 B8, {what}, N1568 then {name}": (build, lengths, more)
+    for what, build, more in (
+        ("forward", build_topk, {}),
+        ("forward + backward", build_backward, {"through_importance": False}),
+    )
+    for name, lengths in (("longer", (1571, 2003, 3001, 4601)), ("611", (611,)))
+}
+
+
+@either({}, FIRST)
+def bench_first_call(contest, case):
+    build, lengths, more = contest.chosen(case, {}, FIRST)
+    contest.first_calls(
+        "keyframe_attention_topk, first call of a length",
+        case,
+        build,
+        MAIN["bfloat16 N1568 B8"] | more,
+        {f"N{N}": {"N": N} for N in lengths},
+        most=1000,
+        gradient=build is build_backward,
     )
 
 
@@ -305,167 +484,15 @@ def bench_plain(contest, case):
     )
 
 
-def build_importance(device, **shape):
-    """Attention with its importance beside the fastest attention without."""
-    query, key, value = inputs(**shape, device=device)
-    N = shape["N"]
-
-    def ours():
-        return evad_kernels.keyframe_attention(query, key, value, num_keyframe=N // 8)
-
-    def plain():
-        return evad_kernels.keyframe_attention(query, key, value, num_keyframe=N).output
-
-    def check():
-        output, importance = (x[-1:] for x in ours())
-        last = [x[-1:] for x in (query, key, value)]
-        with evad_kernels.use_backend("reference"):
-            references = evad_kernels.keyframe_attention(*last, num_keyframe=N // 8)
-        for got, reference, true in zip((output, importance), references, truth(*last), strict=True):
-            assert_accurate(got, reference, true, label="output and importance")
-
-    rivals = {"ours, without importance": plain}
-    rivals |= {name: functools.partial(sdpa, name, query, key, value) for name in SDPA}
-    return Contestants(ours, rivals, check, work_topk(**shape))
-
-
-@either({}, IMPORTANCE_GPU)
-def bench_importance(contest, case):
-    shape = contest.chosen(case, {}, IMPORTANCE_GPU)
-    plain = ("ours, without importance", *SDPA)
+@either({}, MAIN, later=MAIN)
+def bench_compilers(contest, case):
+    """Rows of their own, the last: FlexAttention compiles for half a minute a length."""
     contest.run(
-        "keyframe_attention with importance",
+        "keyframe_attention_topk, beside compilers",
         case,
-        build_importance,
-        shape,
-        goals=(Goal("time", 1.5, plain),) if shape["D"] == 64 else (),
-        seconds=0.5,
-    )
-
-
-def build_score(device, **shape):
-    """The score pass alone, from the rows' log-sum-exp: its floor is the exponentials of the columns summed."""
-    from evad_kernels import keyframe_attention_triton as kernels
-
-    query, key, value = inputs(**shape, device=device)
-    B, H, N, D, dtype = (shape[name] for name in ("B", "H", "N", "D", "dtype"))
-    _, importance, lse = kernels.forward(query, key, value, N // 8, 1.0, D**-0.5)
-
-    def ours():
-        return kernels.score(query, key, lse, N // 8, 1.0, D**-0.5)
-
-    pairs = B * H * N * (N - N // 8)
-    work = Work(flops=2 * pairs * D, exps=pairs, dtype=getattr(torch, dtype))
-    return Contestants(ours, {}, lambda: assert_same(ours(), importance), work)
-
-
-@either({}, IMPORTANCE_GPU)
-def bench_score(contest, case):
-    shape = contest.chosen(case, {}, IMPORTANCE_GPU)
-    goals = (Goal("floor", 1.35),) if shape["D"] == 64 else ()
-    contest.run("keyframe_attention, score pass", case, build_score, shape, goals=goals, seconds=0.5)
-
-
-def build_backward(device, through_importance, **shape):
-    fused = evad_kernels.keyframe_attention_topk
-    leaves = inputs(**shape, device=device, gradient=True)
-    N = shape["N"]
-    rows = sum(counts(N).values())
-    grad_output = draw(shape["B"], shape["H"], rows, shape["D"], seed=3, dtype=leaves[0].dtype, device=device)
-    grad_importance = draw(shape["B"], N - N // 8, seed=4, dtype=torch.float32, device=device)
-
-    def through(function):
-        output, _, importance = function(*leaves, **counts(N))
-        if not through_importance:
-            return torch.autograd.grad(output, leaves, grad_output)
-        return torch.autograd.grad([output, importance], leaves, [grad_output, grad_importance.to(importance.dtype)])
-
-    padded = F.pad(grad_output, (0, 0, 0, N - rows))
-
-    def alone():
-        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, padded)
-
-    def check():
-        with evad_kernels.use_backend("reference"):
-            reference = through(fused)
-            wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-            # The same rows as ours: a tie of roundings must not compare different tokens.
-            output, importance = evad_kernels.keyframe_attention(*wide, num_keyframe=N // 8)
-        outputs = [kept_rows(output, fused(*leaves, **counts(N)).index, N // 8)]
-        grads = [grad_output.double()]
-        if through_importance:
-            outputs, grads = [*outputs, importance], [*grads, grad_importance.double()]
-        for name, *triple in zip(
-            ("query", "key", "value"),
-            through(fused),
-            reference,
-            torch.autograd.grad(outputs, wide, grads),
-            strict=True,
-        ):
-            assert_accurate(*triple, label=f"grad_{name}")
-
-    rivals = {"eager": lambda: through(eager), "SDPA alone": alone}
-    if leaves[0].is_cuda:
-        del rivals["SDPA alone"]
-        rivals |= {name: lambda name=name: torch.autograd.grad(sdpa(name, *leaves), leaves, padded) for name in SDPA}
-    B, H, D, dtype = (shape[name] for name in ("B", "H", "D", "dtype"))
-    backward_rows = N if through_importance else rows
-    forward = work(**shape)
-    flops = forward.flops + 10 * B * H * backward_rows * N * D
-    floor = Work(2 * forward.bytes, flops, forward.exps + B * H * backward_rows * N, getattr(torch, dtype))
-    return Contestants(lambda: through(fused), rivals, check, floor)
-
-
-@either(BACKWARD, BACKWARD_GPU)
-def bench_backward(contest, case):
-    contest.run(
-        "keyframe_attention_topk, forward + backward",
-        case,
-        build_backward,
-        contest.chosen(case, BACKWARD, BACKWARD_GPU),
-        goals=(Goal("speed-up", 2.5 if contest.device == "cpu" else 4, "eager"),),
-        gradient=True,
-        headline=True,
-        seconds=3.0 if contest.device == "cpu" else 1.0,
-    )
-
-
-def build_backward_alone(device, **shape):
-    """The backward of the kept rows beside full backwards of the fastest attentions, each on its own graph."""
-    leaves = inputs(**shape, device=device, gradient=True)
-    N, rows = shape["N"], sum(counts(shape["N"]).values())
-    grad = draw(shape["B"], shape["H"], N, shape["D"], seed=3, dtype=leaves[0].dtype, device=device)
-    kept = grad[:, :, :rows]
-
-    def of(output, grad_output):
-        return lambda: torch.autograd.grad(output, leaves, grad_output, retain_graph=True)
-
-    def of_sdpa(name):
-        output = []
-
-        def call():
-            output[:] = output or [sdpa(name, *leaves)]
-            return of(output[0], grad)()
-
-        return call
-
-    whole = evad_kernels.keyframe_attention(*leaves, num_keyframe=N).output
-    rivals = {"ours, all rows": of(whole, grad), **{name: of_sdpa(name) for name in SDPA}}
-    B, H, D, dtype = (shape[name] for name in ("B", "H", "D", "dtype"))
-    work = Work(flops=10 * B * H * rows * N * D, exps=B * H * rows * N, dtype=getattr(torch, dtype))
-    output = evad_kernels.keyframe_attention_topk(*leaves, **counts(N)).output
-    # What it computes is checked by the row of forward + backward.
-    return Contestants(of(output, kept), rivals, lambda: None, work)
-
-
-@either({}, cases("bfloat16", *EVERY_LENGTH))
-def bench_backward_alone(contest, case):
-    contest.run(
-        "keyframe_attention_topk, backward of kept rows",
-        case,
-        build_backward_alone,
-        contest.chosen(case, {}, cases("bfloat16", *EVERY_LENGTH)),
-        goals=(Goal("speed-up", 1.2, SDPA),),
-        gradient=True,
+        build_topk,
+        {**contest.chosen(case, {}, MAIN), "compilers": True},
+        goals=(Goal("speed-up", 1.6, FLEX),),
+        memory_of=("ours", FLEX),
         seconds=1.0,
     )

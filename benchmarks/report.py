@@ -104,13 +104,16 @@ def identity(row: dict) -> tuple[str, str]:
 
 
 def identity_order(rows: dict):
-    """Benchmarks by name, rows of one in the order in which it ran them."""
+    """Benchmarks by name, ops of one and rows of an op in the order in which they ran."""
     order = {key: number for number, key in enumerate(rows)}
-    return lambda row: (row["bench"], order[identity(row)])
+    ops = list(dict.fromkeys(op for op, _ in rows))
+    return lambda row: (row["bench"], ops.index(row["op"]), order[identity(row)])
 
 
 def load() -> list[dict]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    """Every machine's file, and the name of its plot where there is one."""
+    plots = {path.stem: {"plot": path.name} for path in RESULTS.glob("*.png")}
+    return [json.loads(path.read_text()) | plots.get(path.stem, {}) for path in sorted(RESULTS.glob("*.json"))]
 
 
 # Tables
@@ -126,7 +129,14 @@ def cells(row: dict) -> dict[str, str]:
     """A row in words: what every table shows of it."""
     times = row["times"]
     ours = times["ours"]
-    rivals = (f"{name} {number(time['ms'] / ours['ms'])}x" for name, time in times.items() if name != "ours")
+    launched = row.get("launched", {}).keys() - {"ours"}
+    rivals = (
+        f"{name} {number(time['ms'] / times['ours, launched']['ms'])}x (both launched)"
+        if name in launched
+        else f"{name} {number(time['ms'] / ours['ms'])}x"
+        for name, time in times.items()
+        if name != "ours"
+    )
     floor = row.get("floor")
     memory = row.get("memory_mb", {})
     return {
@@ -135,15 +145,21 @@ def cells(row: dict) -> dict[str, str]:
         "of floor": f"{floor['reached']:.0%} ({floor['bound']})" if floor else "",
         "rivals take, times ours": ", ".join(rivals),
         "extra memory, MB": ", ".join(f"{name} {number(value)}" for name, value in memory.items()),
-        "goals": "; ".join(
-            f"{'met' if g['met'] else 'MISSED'}: {g['goal']} ({number(g['reached'])})" for g in row["goals"]
-        ),
+        "goals": "; ".join(map(verdict, row["goals"])),
     }
 
 
+def verdict(goal: dict) -> str:
+    if goal["reached"] is None:
+        return f"not measured: {goal['goal']}"
+    return f"{'met' if goal['met'] else 'MISSED'}: {goal['goal']} ({number(goal['reached'])})"
+
+
 def missed(rows: list[dict]) -> list[str]:
+    """Goals that are not met; one that was not measured is not."""
     return [
-        f"{row['op']}, {row['case']}: {goal['goal']}, reached {number(goal['reached'])}"
+        f"{row['op']}, {row['case']}: {goal['goal']}, "
+        + ("not measured" if goal["reached"] is None else f"reached {number(goal['reached'])}")
         for row in rows
         for goal in row["goals"]
         if not goal["met"]
@@ -163,11 +179,11 @@ def agreements(rows: list[dict]) -> list[str]:
     ]
 
 
-def unavailable(rows: list[dict]) -> list[str]:
-    """Why a rival did not run, or what it published; a line an op, rival and reason."""
+def reasons(rows: list[dict], what: str) -> list[str]:
+    """Why a rival did not run ("unavailable") or not as a graph ("launched"); a line an op, rival and reason."""
     cases = {}
     for row in rows:
-        for rival, reason in row["unavailable"].items():
+        for rival, reason in row.get(what, {}).items():
             cases.setdefault((row["op"], rival, reason), []).append(row["case"])
     return [
         f"{op}, {found[0] if len(found) == 1 else f'{len(found)} cases'}: {rival}: {reason}"
@@ -196,8 +212,9 @@ def heading(here: dict) -> str:
 
 def outcome(rows: list[dict]) -> str:
     """How many goals are met, and those that are not."""
-    goals, misses = sum(len(row["goals"]) for row in rows), missed(rows)
-    text = f"Goals met: {goals - len(misses)} of {goals}."
+    goals, misses = [goal for row in rows for goal in row["goals"]], missed(rows)
+    unknown = sum(goal["reached"] is None for goal in goals)
+    text = f"Goals met: {len(goals) - len(misses)} of {len(goals)}{f', {unknown} not measured' if unknown else ''}."
     return "\n".join(
         [text + (" Missed:" if misses else ""), *([""] if misses else []), *(f"* {miss}" for miss in misses)]
     )
@@ -212,12 +229,20 @@ def tables(results: list[dict], headlines: bool) -> str:
         commits = sorted({f"{row['commit']} ({row['date']})" for row in rows})
         parts.append(heading(result["machine"]))
         parts.append(table([row for row in rows if row["headline"] or not headlines], columns))
+        if "plot" in result:
+            folder = f"{RESULTS.relative_to(ROOT)}/" if headlines else ""
+            parts.append(
+                f"![keyframe_attention_topk: time against tokens, peers and the floor]({folder}{result['plot']})"
+            )
         if not headlines and (lines := agreements(rows)):
             parts.append("Agreement with the unpatched model (random weights: no accuracy):")
             parts.append("\n".join(f"* {line}" for line in lines))
-        if not headlines and (lines := unavailable(rows)):
-            parts.append("Rivals that did not run:")
-            parts.append("\n".join(f"* {line}" for line in lines))
+        for what, title in (
+            ("unavailable", "Rivals that did not run:"),
+            ("launched", "Timed as plain calls, for no graph holds them (other calls on a GPU are replays of graphs):"),
+        ):
+            if not headlines and (lines := reasons(rows, what)):
+                parts += [title, "\n".join(f"* {line}" for line in lines)]
         parts.append(f"{outcome(rows)}\n\nCommit measured: {', '.join(commits)}.")
     return "\n\n".join(parts)
 
@@ -246,6 +271,7 @@ def summary(rows: list[dict]) -> str:
         lines += [f"      {goal}" for goal in shown["goals"].split("; ") if goal]
         lines += [f"      agreement: {line.partition(': ')[2]}" for line in agreements([row])]
         lines += [f"      {name} did not run: {reason}" for name, reason in row["unavailable"].items()]
+        lines += [f"      {name} is no graph: {reason}" for name, reason in row.get("launched", {}).items()]
     misses = missed(rows)
     goals = sum(len(row["goals"]) for row in rows)
     return "\n".join([*lines, f"{goals - len(misses)} of {goals} goals met"])
@@ -415,12 +441,13 @@ def plot(result: dict, path: Path) -> None:
     found = [(match[1], int(match[2]), int(match[3]), row) for row in of_op if (match := pattern.match(row["case"]))]
     if not found:
         return
+    compiled = {row["case"]: row["times"] for row in result["rows"] if row["op"].endswith("beside compilers")}
     batches = [batch for _, _, batch, _ in found]
     batch = max(batches, key=lambda batch: (batches.count(batch), batch))  # the one with most lengths
     rows = [(dtype, N, row) for dtype, N, of_batch, row in found if of_batch == batch]
     lengths = {dtype: len({N for name, N, _ in rows if name == dtype}) for dtype, _, _ in rows}
     dtypes = sorted(dtype for dtype, number in lengths.items() if number > 1 or number == max(lengths.values()))
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(2.6 + 3.7 * len(dtypes), 3.8), sharey=True, squeeze=False)
     styles = {
         "ours": {"color": "#c0392b", "linewidth": 2.5, "marker": "o"},
         "eager": {"color": "#7f8c8d", "marker": "s"},
@@ -435,7 +462,8 @@ def plot(result: dict, path: Path) -> None:
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         chosen = sorted((N, row) for name, N, row in rows if name == dtype)
         for name, style in styles.items():
-            points = [(N, row["times"][name]["ms"]) for N, row in chosen if name in row["times"]]
+            times = [(N, compiled.get(row["case"], {}) | row["times"]) for N, row in chosen]
+            points = [(N, of_row[name]["ms"]) for N, of_row in times if name in of_row]
             label = {"ours": "keyframe_attention_topk"}.get(name, name.replace("alone", "alone (no importance)"))
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, **style)
@@ -448,12 +476,13 @@ def plot(result: dict, path: Path) -> None:
         )
         axis.set(xscale="log", yscale="log", title=dtype, xlabel="tokens")
         axis.set_xticks([N for N, _ in chosen], [str(N) for N, _ in chosen])
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"ms (12 heads of 64, batch {batch})")
-    axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -465,13 +494,13 @@ def all_tables(results: list[dict]) -> str:
 
 
 def update() -> None:
-    """The README's tables, those beside the results and the plots, from what lies in results/."""
+    """The plots, the README's tables and those beside the results, from what lies in results/."""
+    for path in RESULTS.glob("*.json"):
+        plot(json.loads(path.read_text()), path.with_suffix(".png"))
     readme, results = ROOT / "README.md", load()
     readme.write_text(with_tables(readme.read_text(), results))
     if results:
         (RESULTS / "README.md").write_text(all_tables(results))
-    for path in sorted(RESULTS.glob("*.json")):
-        plot(json.loads(path.read_text()), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

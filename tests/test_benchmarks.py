@@ -1,13 +1,16 @@
 """The benchmarks' machinery: goals, memory, tables. The benchmarks themselves run with `pytest --benchmark`."""
 
 import json
+import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime import JITFunction
 
-from benchmarks import gpu_check, report, tune_keyframe_attention
+from benchmarks import _harness, gpu_check, report, tune_keyframe_attention
 from benchmarks._harness import Contestants, Goal, measure_memory
 from benchmarks.ceilings import Ceilings, Work
 from evad_kernels import keyframe_attention_tuning as tuning
@@ -38,8 +41,125 @@ def test_goals_compare_with_the_rival_named():
     assert not Goal("time", 0.9, "SDPA").outcome(milliseconds, {})["met"]
     assert Goal("ms", 2.5).outcome(milliseconds, {})["met"]
     assert not Goal("memory", 0.05, "the map", 100).outcome(milliseconds, {"ours": 6})["met"]
-    assert Goal("speed-up", 1, "absent").outcome(milliseconds, {}) is None
-    assert Goal("memory", 0.05, "the map", 100).outcome(milliseconds, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("goal", "text"),
+    [
+        (Goal("speed-up", 2, "absent"), "at least 2x absent"),
+        (Goal("speed-up", 2, ("absent", "another")), "at least 2x the fastest of absent, another"),
+        (Goal("time", 0.9, "absent"), "at most 0.9 of absent"),
+        (Goal("harvest", 0.9, "absent", 1.5), "90% of 1.5x, what the operations saved from absent allow"),
+        (Goal("memory", 0.05, "the map", 100), "extra memory at most 5% of the map"),
+        (Goal("memory", 0.05, "eager"), "extra memory at most 5% of eager"),
+        (Goal("floor", 1.35), "at most 1.35 times the floor"),
+    ],
+)
+def test_a_goal_that_was_not_measured_stays_in_the_count(goal, text):
+    outcome = goal.outcome({"ours": 2.0, "eager": 16.0}, {})
+    assert outcome == {"goal": text, "reached": None, "met": False}
+    rows = [row("a", 1.0, 3.0, True), {**row("b", 1.0, 3.0, True), "goals": [outcome]}]
+    assert report.outcome(rows) == f"Goals met: 1 of 2, 1 not measured. Missed:\n\n* op, b: {text}, not measured"
+    assert f"      not measured: {text}\n1 of 2 goals met" in report.summary(rows)
+
+
+def test_a_rival_without_a_graph_is_compared_with_ours_launched():
+    milliseconds = {"ours": 1.0, "ours, launched": 4.0, "mask": 12.0, "scatter": 5.0}
+    assert Goal("speed-up", 4, "mask").outcome(milliseconds, {}, launched=("mask",)) == {
+        "goal": "at least 4x mask, both launched",
+        "reached": 3.0,
+        "met": False,
+    }
+    assert Goal("speed-up", 4, "scatter").outcome(milliseconds, {}, launched=("mask",))["met"]
+    fastest = Goal("time", 0.5, ("scatter", "mask")).outcome(milliseconds | {"mask": 4.5}, {}, launched=("mask",))
+    assert fastest["goal"] == "at most 0.5 of the fastest of scatter, mask (mask), both launched"
+    assert fastest["reached"] == 0.8889
+    assert "launched" not in Goal("memory", 0.5, "mask").outcome(milliseconds, {}, launched=("mask",))["goal"]
+
+
+def contest(monkeypatch, **attributes):
+    class Benchmark:
+        stats = None
+
+        def pedantic(self, function, setup=lambda: None, rounds=1):
+            setup()
+            function()
+
+    found = _harness.Contest(Benchmark(), "op", Ceilings("cpu"), True, [])
+    for name, value in attributes.items():
+        monkeypatch.setattr(found, name, value)
+    return found
+
+
+def test_rows_say_what_no_graph_holds(monkeypatch):
+    def capture(function):
+        if function() == "refuses":
+            raise RuntimeError("cannot be captured\nbecause")
+        return lambda: f"{function()} replayed"
+
+    monkeypatch.setattr(_harness, "captured", capture)
+    functions = {name: lambda name=name: name for name in ("ours", "graph", "refuses", "waits")}
+    here = contest(monkeypatch, _calls=lambda function, calls: function())
+    several, launched = here._several(functions, ("waits", "did not run"), True)
+    assert launched == {"waits": "waits for the device", "refuses": "RuntimeError: cannot be captured"}
+    assert {name: call(1) for name, call in several.items()} == {
+        "ours": "ours replayed",
+        "graph": "graph replayed",
+        "refuses": "refuses",
+        "waits": "waits",
+        "ours, launched": "ours",
+    }
+    plain, nothing = here._several(functions, ("waits",), False)
+    assert not nothing and plain["graph"](1) == "graph"
+    functions["ours"] = lambda: "refuses"  # then nothing is a replay: plain calls are compared with plain calls
+    plain, launched = here._several(functions, (), True)
+    assert list(launched) == ["ours"] and plain["graph"](1) == "graph" and "ours, launched" not in plain
+
+
+def test_reports_say_what_no_graph_holds():
+    of_graphs = {**row("a", 1.0, 3.0, True), "launched": {"eager": "waits for the device"}, "commit": "c", "date": "d"}
+    of_graphs["times"]["ours, launched"] = of_graphs["times"]["ours"] | {"ms": 1.5}
+    assert "eager 2.00x (both launched), ours, launched 1.50x" in report.cells(of_graphs)["rivals take, times ours"]
+    machine = {"hardware": "M", "torch": "2", "ceilings": {"copy GB/s": 10.0}}
+    assert "* op, a: eager: waits for the device" in report.tables([{"machine": machine, "rows": [of_graphs]}], False)
+    assert "eager is no graph: waits for the device" in report.summary([of_graphs])
+
+
+def build_counted(device, calls, N):
+    return Contestants(lambda: calls.append(N), {}, lambda: None)
+
+
+def test_first_calls_are_of_lengths_not_seen(monkeypatch):
+    here, calls = contest(monkeypatch), []
+    others = {"N3": {"N": 3}, "N4": {"N": 4}}
+    here.first_calls("op", "case", build_counted, {"calls": calls, "N": 2}, others, most=1000)
+    assert calls == [2, 3, 4]
+    (found,) = here.rows
+    assert found["goals"][0]["goal"] == "the slowest at most 1000 ms" and found["goals"][0]["met"]
+    assert found["details"]["first_call_ms"].keys() == others.keys() and found["times"]["ours"]["rounds"] == 2
+    assert report.cells(found) and report.detector_tables({"machine": {"hardware": "M"}, "rows": [found]}) == ""
+
+
+def test_a_backward_alone_repeats_on_one_graph():
+    leaf, forwards = torch.ones(3, requires_grad=True), []
+    backward = _harness.backward_of(lambda: forwards.append(0) or leaf * 2, [leaf], torch.arange(3.0))
+    assert not forwards
+    for _ in range(2):
+        torch.testing.assert_close(backward(), (torch.tensor([0.0, 2.0, 4.0]),))
+    assert len(forwards) == 1
+
+
+def test_on_a_gpu_rows_with_goals_come_first():
+    found = [(case.values[0], bool(case.marks)) for case in _harness.either({"a": 1}, {"b": 1}, later=["a"]).args[1]]
+    assert found == [("a", True), ("b", False)]
+    command = [sys.executable, "-m", "pytest", "--benchmark", "--benchmark-device", "cuda", "--collect-only"]
+    command += ["benchmarks/bench_keyframe_attention.py"]
+    lines = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    cases = [line.partition("::")[2] for line in lines if "::" in line]
+    assert cases[0] == "bench_topk[bfloat16 N1568 B8]" and cases[-1] == "bench_compilers[bfloat16 N4608 B8]"
+    first_without = next(number for number, case in enumerate(cases) if "D128" in case)
+    for name in ("bench_backward", "bench_backward_alone", "bench_importance", "bench_score", "bench_first_call"):
+        assert any(case.startswith(f"{name}[") for case in cases[:first_without]), name
 
 
 def test_floor_is_the_longest_of_bytes_operations_and_exponentials():
@@ -150,6 +270,27 @@ def test_readme_tables_are_generated_from_the_results():
     assert readme == report.with_tables(readme, report.load()), "run python -m benchmarks.report"
 
 
+def test_plots_are_shown_where_they_exist(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    report.RESULTS.mkdir()
+    machine = {"hardware": "M", "torch": "2", "ceilings": {"copy GB/s": 10.0}}
+    rows = [
+        {**row(f"bfloat16 N{N} B8", 1.0, 3.0, True), "op": op, "floor": {"ms": 0.5, "reached": 0.5, "bound": "exp"}}
+        for op in ("keyframe_attention_topk", "keyframe_attention_topk, beside compilers")
+        for N in (784, 1568)
+    ]
+    for name, found in (("with", rows), ("without", rows[2:])):
+        found = [{**of_case, "commit": "c", "date": "d"} for of_case in found]
+        (report.RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": found}))
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
+    report.update()
+    readme, beside = (tmp_path / "README.md").read_text(), (report.RESULTS / "README.md").read_text()
+    assert readme.count("](results/with.png)") == 1 and "without.png" not in readme
+    assert beside.count("](with.png)") == 1
+    assert 2_000 < (report.RESULTS / "with.png").stat().st_size < 200_000
+
+
 def test_result_tables_are_generated_from_the_results():
     path = report.RESULTS / "README.md"
     assert (path.read_text() if path.exists() else None) == (
@@ -169,9 +310,7 @@ def test_goals_of_the_fastest_rival_and_of_the_floor():
         "reached": 2.0,
         "met": True,
     }
-    assert Goal("speed-up", 2, ("absent", "another")).outcome(milliseconds, {}) is None
     assert Goal("floor", 1.35).outcome(milliseconds, {}, 1.6)["reached"] == 1.25
-    assert Goal("floor", 1.35).outcome(milliseconds, {}) is None
     assert not Goal("memory", 0.01, "flash").outcome(milliseconds, {"ours": 2, "flash": 100})["met"]
 
 
@@ -202,6 +341,32 @@ def test_every_file_that_a_stage_names_exists():
             if word.startswith(("tests/", "benchmarks/")):
                 assert (gpu_check.ROOT / word).exists(), word
     assert set(tuning.TABLE[90, 2]) == set(tune_keyframe_attention.KERNELS)
+
+
+def test_a_tile_must_be_right_relative_to_what_is_wanted():
+    want = (torch.full((3,), 6e-4), torch.full((3,), 2.0))
+    tune_keyframe_attention.assert_near((want[0] * 1.005, want[1] * 0.995), want)
+    with pytest.raises(AssertionError):
+        tune_keyframe_attention.assert_near((want[0] * 1.05, want[1]), want)
+
+
+def test_a_tile_must_not_spill(monkeypatch):
+    kernel = JITFunction(add_nothing)
+
+    def launch_one_of(tile, spills):
+        monkeypatch.setattr(JITFunction, "run", lambda self, *_, **__: SimpleNamespace(n_spills=spills))
+        monkeypatch.setitem(tune_keyframe_attention.KERNELS, "score", ("add_nothing",))
+        monkeypatch.setattr(tune_keyframe_attention, "runs", lambda *_: {"score": lambda: (kernel[(1,)](), want)[1:]})
+        monkeypatch.setattr(tune_keyframe_attention, "wanted", lambda *_: (want,))
+        return tune_keyframe_attention.tried(torch.float32, 64, 64, "score", tile)
+
+    want, tile = torch.ones(3), tuning.Tile(16, 16, 4, 1)
+    assert launch_one_of(tile, 0) is None
+    assert launch_one_of(tile, 12) == "spills 12 registers"
+
+
+def add_nothing():
+    pass
 
 
 def test_measured_tiles_leave_the_others_as_they_are():
