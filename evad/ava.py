@@ -96,6 +96,43 @@ ACTIONS = (
 )  # action_id is the index + 1
 
 
+# The classes that AVA evaluates, with at least 25 examples in each split.
+EVALUATED = tuple(
+    number
+    for number in range(1, 81)
+    if number not in {2, 16, 18, 19, 21, 23, 25, 31, 32, 33, 35, 39, 40, 42, 44, 50, 53, 55, 71, 75}
+)
+OUTSIDE = 1e-3  # parts of the picture that rounding may put a box outside
+
+
+class Classes(NamedTuple):
+    """Action classes, by id from 1."""
+
+    names: dict[int, str]  # those that may be annotated
+    counted: tuple[int, ...]  # those that evaluation counts
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names in the order of a model's outputs; "class N" for an id between them that has none."""
+        return tuple(self.names.get(number, f"class {number}") for number in range(1, max(self.names) + 1))
+
+
+def read_classes(path: str | Path | None) -> Classes:
+    """The classes of data in AVA's format.
+
+    Args:
+        path: As for ``read_label_map``: its classes, and no others, are annotated, and count. But for AVA's own (None,
+            its map of the 80 classes, or its map of the 60 that it evaluates) all 80 are annotated, and the 60 count.
+    Raises:
+        ValueError: as ``read_label_map``.
+    """
+    every = dict(enumerate(ACTIONS, 1))
+    names = every if path is None else read_label_map(path)
+    if names == every or tuple(sorted(names)) == EVALUATED:
+        return Classes(every, EVALUATED)
+    return Classes(names, tuple(sorted(names)))
+
+
 def read_labels(path: str | Path) -> tuple[str, ...]:
     """Names of a model's action classes, in the order of their ids.
 
@@ -104,8 +141,7 @@ def read_labels(path: str | Path) -> tuple[str, ...]:
     Raises:
         ValueError: the file is none of these, is empty, or repeats an id.
     """
-    names = read_label_map(path)
-    return tuple(names.get(number, f"class {number}") for number in range(1, max(names) + 1))
+    return Classes(read_label_map(path), ()).labels
 
 
 def read_label_map(path: str | Path) -> dict[int, str]:
@@ -176,6 +212,20 @@ class Row(NamedTuple):
     @property
     def box(self) -> tuple[float, ...]:
         return tuple(map(float, self.place))
+
+    @property
+    def outside(self) -> str:
+        """What is wrong if the box is not in the picture, or ""."""
+        if all(-OUTSIDE <= value <= 1 + OUTSIDE for value in self.box):
+            return ""
+        return f"the box must lie in the picture, in [0, 1], got {', '.join(self.place)}"
+
+    @property
+    def wrong(self) -> str:
+        """What is wrong with the box of somebody who is there, or ""."""
+        x1, y1, x2, y2 = self.box
+        empty = x1 >= x2 or y1 >= y2
+        return self.outside or f"the box must have x1 < x2 and y1 < y2, got {', '.join(self.place)}" * empty
 
 
 def read_rows(path: str | Path, problems: Problems | None = None) -> Iterator[Row]:

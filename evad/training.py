@@ -33,11 +33,11 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from . import ava, data
+from . import data
 from .checkpoint import load_checkpoint, write_weights
 from .data import Batch, collate
 from .detector import EVAD
-from .evaluation import EVALUATED, collect, score
+from .evaluation import evaluate
 from .losses import Counts, count
 from .recipe import Run, adamw, learning_rate
 from .snapshots import TrainingError, claim, is_full, last_good, read_snapshot, snapshots, write_snapshot
@@ -88,8 +88,7 @@ def evaluation(run: Run, dataset: Dataset) -> Evaluate:
     """Score the model on a dataset, every rank on its share."""
     autocast = torch.bfloat16 if run.training.precision == "bfloat16" else None
     options = {"workers": run.training.workers, "autocast": autocast}
-    classes = EVALUATED if tuple(dataset.labels) == ava.ACTIONS else None  # AVA's 60 of 80
-    return lambda model: score(collect(model, dataset, **options), classes=classes).summary()
+    return lambda model: evaluate(model, dataset, **options).summary()
 
 
 class Learner(nn.Module):

@@ -55,8 +55,9 @@ def own(tmp_path, rows, **options):
     (tmp_path / "labels.txt").write_text("fly\nhover\n")
     (tmp_path / "gt.csv").write_text("\n".join(rows) + "\n")
     paths = {"annotations": tmp_path / "gt.csv", "media": tmp_path / "media", "labels": tmp_path / "labels.txt"}
-    options = {"fps": 10.0, "split": "val", **CLIP, **options}
-    return data.build(section(tmp_path, **paths) | {k: v for k, v in options.items() if k != "split"}, options["split"])
+    options = paths | {"fps": 10.0, **CLIP, **options}
+    split = options.pop("split", "val")
+    return data.build(section(tmp_path, **options), split)
 
 
 # Preprocessing
@@ -193,7 +194,7 @@ def test_wrong_lines_are_named(tmp_path, capfd, row, message):
 
 @pytest.mark.parametrize("kind", ["missing frame", "broken frame", "after the end", "broken video", "video too short"])
 def test_clips_that_cannot_be_read(tmp_path, written, kind):
-    """The message names the file; with "skip" the clip is black, nobody is in it, and it is counted."""
+    """The message names the file; with "skip" the clip is black, nobody is in it, and it is marked and counted."""
     row, expected = "v,2,0.1,0.1,0.5,0.5,1,0", "v_000021.png"
     if kind == "after the end":
         row, expected = "v,9,0.1,0.1,0.5,0.5,1,0", "has no frame 91, the last is 40"
@@ -212,7 +213,35 @@ def test_clips_that_cannot_be_read(tmp_path, written, kind):
     dataset = own(tmp_path, [row], on_error="skip")
     batch = next(iter(DataLoader(dataset, 1, collate_fn=data.collate, num_workers=1)))
     assert batch.clips.shape[:3] == (1, 3, 16) and len(batch.targets[0]["boxes"]) == 0
+    assert batch.targets[0]["unreadable"]
     assert dataset.problems.count == 1  # though a worker met it
+
+
+GAPS = {1: "fly", 7: "hover", 8: "land"}
+
+
+def label_map(path, names):
+    path.write_text("".join(f'item {{\n  name: "{name}"\n  id: {number}\n}}\n' for number, name in names.items()))
+    return path
+
+
+def test_classes_that_the_label_map_leaves_out_are_no_classes(tmp_path):
+    labels = label_map(tmp_path / "gaps.pbtxt", GAPS)
+    rows = [GOOD, "v,1,0.1,0.1,0.5,0.5,7,0", "v,1,0.1,0.1,0.5,0.5,2,0"]
+    with pytest.raises(DataError, match=r"gt.csv, line 3: action_id must be in \[1, 8\], and in the label map, got 2"):
+        own(tmp_path, rows, labels=labels)
+    dataset = own(tmp_path, rows, labels=labels, on_error="skip")
+    assert dataset.problems.count == 1 and dataset.counted == (1, 7, 8) and dataset.labels[1] == "class 2"
+    assert dataset[0].target["labels"].tolist() == [[1, 0, 0, 0, 0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("numbers", [ava.EVALUATED, range(1, 81)], ids=["60", "80"])
+def test_avas_own_label_maps(tmp_path, numbers):
+    """All 80 classes are annotated and learnt, whichever of AVA's maps is given; the 60 are evaluated."""
+    labels = label_map(tmp_path / "ava.pbtxt", {number: ava.ACTIONS[number - 1] for number in numbers})
+    dataset = own(tmp_path, ["v,1,0.1,0.1,0.5,0.5,2,0"], labels=labels)
+    assert dataset.labels == ava.ACTIONS and dataset.counted == ava.EVALUATED
+    assert dataset[0].target["labels"][0, 1] == 1
 
 
 def test_wrong_paths(tmp_path):

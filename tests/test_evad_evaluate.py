@@ -52,7 +52,9 @@ def checkpoint(tmp_path_factory):
 def test_ava_as_released(tmp_path, capfd, options, expected):
     status, out, err = run(capfd, "--protocol", "ava", *FILES, *options, "--json", "--out", tmp_path)
     document = json.loads(out)
-    assert (status, err) == (0, "")
+    assert status == 0 and err == (
+        f"evad evaluate: {AVA / 'detections.csv'}: of 1458 boxes, 2 on no keyframe of the ground truth\n"
+    )
     assert document["mAP@0.5"] == pytest.approx(expected, abs=1e-12)
     assert len(document["classes"]) == 60
     assert json.loads((tmp_path / "evaluation.json").read_text()) == document
@@ -93,6 +95,99 @@ def test_skips_and_counts_bad_lines(tmp_path, capfd):
     status, out, err = run(capfd, *arguments)
     assert status == 2 and not out
     assert f"{tmp_path / 'found.csv'}, line 1459: must have 7 or 8 fields, got 3" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("a,3,10,10,500,400,1", "in the picture"), ("a,3,0.5,0.1,0.1,0.5,1", "x1 < x2")],
+    ids=["pixels", "reversed"],
+)
+def test_names_boxes_of_the_ground_truth_that_cannot_be(tmp_path, capfd, line, message):
+    (tmp_path / "gt.csv").write_text((AVA / "gt.csv").read_text() + line + "\n")
+    arguments = ("--ground-truth", tmp_path / "gt.csv", *FILES[2:], *EXCLUDE, "--out", tmp_path, "--json")
+    status, out, err = run(capfd, *arguments)
+    assert status == 2 and not out
+    assert f"{tmp_path / 'gt.csv'}, line 469: the box must" in err and message in err
+    status, out, _ = run(capfd, *arguments, "--on-error", "skip")
+    assert json.loads(out)["skipped_lines"] == 1
+    assert json.loads(out)["mAP@0.5"] == pytest.approx(0.441896981778, abs=1e-12)
+
+
+def test_says_what_of_the_files_does_not_count(tmp_path, capfd):
+    (tmp_path / "gt.csv").write_text("a,3,0.1,0.1,0.4,0.4,1\na,3,0.1,0.1,0.4,0.4,99\n")
+    (tmp_path / "found.csv").write_text("b,3,0.1,0.1,0.4,0.4,1,0.9\nb,4,10,10,40,40,99,0.9\na,3,0.1,0.1,0.4,0.4,2,1\n")
+    files = ("--ground-truth", tmp_path / "gt.csv", "--detections", tmp_path / "found.csv", "--out", tmp_path)
+    status, _, err = run(capfd, *files)
+    assert status == 0
+    assert "gt.csv: of 2 boxes, 1 of classes that are not known\n" in err
+    assert "found.csv: of 3 boxes, 1 of classes that are not known, 2 on no keyframe of the ground truth, 1 not" in err
+
+
+def on_disk(folder, labels="fly\nhover\n", **options):
+    """A dataset's YAML of one's own: a video of 4 pictures, and another that is broken."""
+    (folder / "media" / "v").mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (48, 48), (number, 80, 0)).save(folder / "media" / "v" / f"{number}.png")
+    (folder / "media" / "broken.mp4").write_bytes(bytes(5000))
+    (folder / "labels.txt").write_text(labels)
+    paths = {name: str(folder / path) for name, path in (("media", "media"), ("labels", "labels.txt"))}
+    section = {"name": "csv", "fps": 1, "annotations": str(folder / "gt.csv"), **paths, **options}
+    (folder / "data.yaml").write_text(json.dumps(section))
+    return "--data", folder / "data.yaml", "--workers", 0, "--device", "cpu", "--size", 48, "--out", folder / "out"
+
+
+@pytest.fixture(scope="module")
+def two_classes(tmp_path_factory):
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("weights") / "two.safetensors"
+    save_checkpoint(EVAD(EVADConfig.tiny(num_classes=2, short_side=48)), path)
+    return path
+
+
+def test_a_video_that_cannot_be_read_changes_no_score(tmp_path, capfd, two_classes):
+    words = ("--checkpoint", two_classes, *on_disk(tmp_path, on_error="skip"), "--json")
+    rows = "v,1,0.1,0.1,0.5,0.5,1,0\nv,2,0.1,0.1,0.9,0.9,2,0\n"
+    documents = []
+    for more in ("", "broken,1,0.1,0.1,0.5,0.5,1,0\nv,1,0.1,0.1,0.5,0.5,3,0\n"):
+        (tmp_path / "gt.csv").write_text(rows + more)
+        status, out, err = run(capfd, *words)
+        assert status == 0, err
+        documents.append(json.loads(out))
+        assert {row[0] for row in csv.reader((tmp_path / "out" / "detections.csv").open())} == {"v"}
+    assert [document.pop("skipped") for document in documents] == [0, 2]
+    assert [document.pop("clips_per_second") > 0 for document in documents] == [True, True]
+    assert documents[0] == documents[1]
+    status, _, err = run(capfd, *words[:-1])
+    assert "evad evaluate: 2 times a line or clip of the data could not be used and was skipped" in err
+    (tmp_path / "gt.csv").write_text("broken,1,0.1,0.1,0.5,0.5,1,0\n")
+    status, _, err = run(capfd, *words)
+    assert status == 2 and "the dataset has no clip that can be read" in err
+
+
+def test_scores_only_the_classes_of_the_label_map(tmp_path, capfd):
+    words = on_disk(tmp_path, 'item { name: "fly" id: 1 }\nitem { name: "land" id: 8 }\n')
+    (tmp_path / "gt.csv").write_text("v,1,0.1,0.1,0.5,0.5,8,0\n")
+    save_checkpoint(EVAD(EVADConfig.tiny(num_classes=8, short_side=48)), tmp_path / "eight.safetensors")
+    status, out, err = run(capfd, "--checkpoint", tmp_path / "eight.safetensors", *words, "--json")
+    assert status == 0, err
+    assert [(row["id"], row["name"]) for row in json.loads(out)["classes"]] == [(1, "fly"), (8, "land")]
+
+
+def test_boxes_of_other_videos_are_said(tmp_path, capfd, two_classes):
+    words = ("--checkpoint", two_classes, *on_disk(tmp_path), "--boxes", tmp_path / "boxes.csv")
+    (tmp_path / "gt.csv").write_text("v,1,0.1,0.1,0.5,0.5,1,0\n")
+    (tmp_path / "boxes.csv").write_text("w,1,0.1,0.1,0.5,0.5,,0.9\nv,1,0.1,0.1,0.5,0.5,,0.9\n")
+    status, _, err = run(capfd, *words)
+    assert status == 0 and "boxes.csv: of 2 boxes, 1 on no keyframe that was evaluated" in err
+    (tmp_path / "boxes.csv").write_text("v,1,10,10,50,50,,0.9\n")
+    status, _, err = run(capfd, *words)
+    assert status == 2 and "boxes.csv, line 1: the box must lie in the picture" in err
+
+
+def test_video_map_needs_tubes(tmp_path, capfd, checkpoint):
+    words = ("--protocol", "jhmdb", "--data", "synthetic", "--checkpoint", checkpoint, "--out", tmp_path)
+    status, _, err = run(capfd, *words)
+    assert status == 2 and "--protocol: jhmdb needs a dataset of tubes" in err
 
 
 def test_a_model(tmp_path, capfd, checkpoint):

@@ -25,6 +25,7 @@ from evad.evaluation import (
 from evad.evaluation.ava import EVALUATED
 from evad.evaluation.average_precision import iou
 from evad.evaluation.model import Found
+from evad.problems import DataError
 
 AVA = Path(__file__).parent / "golden" / "ava_eval"
 EXPECTED = json.loads((AVA / "expected.json").read_text())
@@ -231,6 +232,26 @@ def test_scores_a_real_model():
     one, many = (evaluate(model, dataset, batch_size=size) for size in (1, 3))
     assert one.clips == many.clips == 3 and 0 <= one.selected_inside <= 1
     assert one.summary() == pytest.approx(many.summary(), abs=1e-3, nan_ok=True)
+
+
+class Broken(data.Synthetic):
+    """Clips of which the first cannot be read."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return sample._replace(target=sample.target | {"unreadable": torch.tensor(True)}) if index == 0 else sample
+
+
+def test_clips_that_cannot_be_read_do_not_count():
+    torch.manual_seed(0)
+    model = EVAD(EVADConfig.tiny(num_classes=8))
+    dataset = Broken("val", clips=5)
+    found = collect(model, dataset, batch_size=2)
+    assert [one.index for one in found] == [1, 2, 3, 4]
+    whole = collect(model, data.Synthetic("val", clips=5), batch_size=2)
+    assert score(found).summary() == pytest.approx(score(whole[1:]).summary(), nan_ok=True)
+    with pytest.raises(DataError, match="has no clip that can be read"):
+        evaluate(model, Broken("val", clips=1))
 
 
 def test_given_boxes_in_place_of_localisation(tmp_path):

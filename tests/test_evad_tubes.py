@@ -124,6 +124,12 @@ def test_wrong_annotations_are_named(tmp_path, changes, message):
         read_annotations(tmp_path / "none.pkl")
 
 
+def test_annotations_within_some_frames(annotations):
+    some = read_annotations(annotations).within({("run/a", 4), ("run/a", 8.0), ("swing/b", 9)})
+    assert [(label, tube.frames.tolist(), len(tube.boxes)) for label, tube in some.tubes["run/a"]] == [(1, [4, 8], 2)]
+    assert list(some.tubes) == ["run/a"]
+
+
 # Clips
 
 
@@ -246,6 +252,14 @@ def test_evaluates_files_and_a_model(tmp_path, annotations, capfd):
     assert main([*words, "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     out = capfd.readouterr().out
     assert "video mAP at IoU 0.2:" in out and "swing" in out
+    (tmp_path / "data.yaml").write_text(
+        json.dumps({"val": section, **{key: section[key] for key in ("name", "media")}, "on_error": "skip"})
+    )
+    (tmp_path / "media" / "swing" / "b" / "00003.png").unlink()  # others have frames 4 away, or clamp to 1 and 6
+    assert main([*words, "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "out"), "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert (document["skipped"], document["clips"]) == (1, 5)
+    assert [row["ground_truths"] for row in document["classes"]] == [0, 5]
     (tmp_path / "data.yaml").write_text(json.dumps(section | {"val": {"every": 2}}))
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert "every must be 1" in capfd.readouterr().err

@@ -258,6 +258,16 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def skipped(dataset) -> int:
+    """How often a line or clip of it could not be used."""
+    return getattr(getattr(dataset, "problems", None), "count", 0)
+
+
+def say_skipped(command: str, count: int) -> None:
+    times = "once" if count == 1 else f"{count} times"
+    say(f"evad {command}: {times} a line or clip of the data could not be used and was skipped")
+
+
 class Stopper:
     """While it is open Ctrl-C only sets ``requested``, so that files can be finished; a second one stops at once."""
 

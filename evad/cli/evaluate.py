@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from .. import ava
 from ..problems import POLICIES, Problems
 from . import CommandError
-from ._common import Built, add_model_arguments, add_size_argument, build, number, ranks, say, writable_folder
+from ._common import (
+    Built,
+    add_model_arguments,
+    add_size_argument,
+    build,
+    number,
+    ranks,
+    say,
+    say_skipped,
+    skipped,
+    writable_folder,
+)
 
 DESCRIPTION = """\
 Score detections against ground truth, class by class.
@@ -139,27 +151,32 @@ def run(args: argparse.Namespace) -> int:
 
 def _score_files(args: argparse.Namespace) -> tuple[dict, str]:
     from ..data.tubes import read_annotations
-    from ..evaluation import EVALUATED, evaluate_ava, read_boxes
+    from ..evaluation import evaluate_ava, read_boxes
     from ..evaluation.report import frame_document
 
-    names = dict(enumerate(ava.ACTIONS, 1)) if args.labels is None else _label_map(args.labels)
-    classes = EVALUATED if args.labels is None else tuple(sorted(names))
+    classes = _classes(args.labels)
     problems, images = Problems(args.on_error), {}
     title = f"{args.detections} against {args.ground_truth}"
     if args.protocol in TUBES:
         truth = read_annotations(args.ground_truth, problems)
         detections = read_boxes(args.detections, images, problems)
+        videos = truth.videos("test", args.fold)
+        known = [number for (video, _), number in images.items() if video in videos]
+        _remark(args.detections, detections, range(1, len(truth.labels) + 1), known)
         document = _score_tubes(args, truth, args.fold, detections, images)
         return document | {"detections": str(args.detections), "skipped_lines": problems.count}, title
-    truth = read_boxes(args.ground_truth, images, problems)
+    truth = read_boxes(args.ground_truth, images, problems, truth=True)
+    known = list(images.values())
     if not len(truth.image):
         raise CommandError(f"--ground-truth: {args.ground_truth} has no box in it")
     detections = read_boxes(args.detections, images, problems)
     keys = set() if args.exclude is None else ava.read_seconds(args.exclude)
     excluded = {images[key] for key in keys if key in images}
-    scores = evaluate_ava(detections, truth, classes, excluded=excluded, match_order=args.match_order)
+    _remark(args.ground_truth, truth, classes.names, known)
+    _remark(args.detections, detections, classes.names, [*known, *excluded])
+    scores = evaluate_ava(detections, truth, classes.counted, excluded=excluded, match_order=args.match_order)
     if not scores.truths.any():
-        raise CommandError(f"--ground-truth: {args.ground_truth} has no box of the {len(classes)} classes that count")
+        raise CommandError(f"--ground-truth: {args.ground_truth} has no box of the {len(classes.counted)} classes")
     document = {
         "protocol": args.protocol,
         "match_order": args.match_order,
@@ -170,7 +187,19 @@ def _score_files(args: argparse.Namespace) -> tuple[dict, str]:
         "excluded": len(excluded),
         "skipped_lines": problems.count,
     }
-    return document | frame_document(scores, names), title
+    return document | frame_document(scores, classes.names), title
+
+
+def _remark(path: Path, boxes, classes: Collection[int], images: Collection[int]) -> None:
+    """Say in a line what is odd about the boxes of a file, if anything is."""
+    counts = {
+        "of classes that are not known": ~np.isin(boxes.label, list(classes)),
+        "on no keyframe of the ground truth": ~np.isin(boxes.image, list(images)),
+        "not in [0, 1]": (boxes.box < -ava.OUTSIDE).any(1) | (boxes.box > 1 + ava.OUTSIDE).any(1),
+    }
+    odd = [f"{mask.sum()} {what}" for what, mask in counts.items() if mask.any()]
+    if odd:
+        say(f"evad evaluate: {path}: of {len(boxes.label)} boxes, {', '.join(odd)}")
 
 
 def _score_tubes(args: argparse.Namespace, truth, fold: int, detections, images: dict) -> dict:
@@ -187,8 +216,8 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
     from torch.utils.data import Subset
 
     from .. import data
-    from ..data.tubes import read_annotations
-    from ..evaluation import EVALUATED, collect, read_people, score
+    from ..data.tubes import TubeClips
+    from ..evaluation import collect, read_people, score
     from ..evaluation.model import detections as all_detections
     from ..evaluation.report import frame_document
     from ..evaluation.report import number as finite
@@ -205,12 +234,18 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
     labels = tuple(dataset.labels)
     if len(labels) != built.config.num_classes:
         raise CommandError(f"--data: {args.data} has {len(labels)} classes, the model {built.config.num_classes}")
+    if args.protocol in TUBES and not isinstance(dataset, TubeClips):
+        raise CommandError(f"--protocol: {args.protocol} needs a dataset of tubes, which {args.data} is not")
+    own = ava.Classes(dict(enumerate(labels, 1)), dataset.counted)
+    classes = own if args.labels is None else _classes(args.labels)
+    lines, whole = skipped(dataset), dataset
     if args.limit is not None and args.limit < len(dataset):
         dataset = Subset(dataset, range(args.limit))
     if built.note and not rank:
         say(f"evad evaluate: {built.note}")
     threshold = built.config.person_threshold if args.threshold is None else args.threshold
-    people = None if args.boxes is None else read_people(args.boxes, threshold, Problems(args.on_error))
+    problems = Problems(args.on_error)
+    people = None if args.boxes is None else read_people(args.boxes, threshold, problems)
     begin = time.perf_counter()
     with _progress(rank) as progress:
         results = collect(
@@ -223,11 +258,9 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
             progress=progress,
         )
     seconds = time.perf_counter() - begin
-    names = dict(enumerate(labels, 1)) if args.labels is None else _label_map(args.labels)
-    if args.labels is None and labels == ava.ACTIONS:
-        names = {number: names[number] for number in EVALUATED}
-    metrics = score(results, match_order=args.match_order, classes=sorted(names))
+    metrics = score(results, match_order=args.match_order, classes=classes.counted)
     if not rank:
+        _remark_people(args.boxes, people, results)
         _write_detections(results, folder / "detections.csv")
     document = {
         "protocol": args.protocol,
@@ -241,14 +274,25 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
         "clips_per_second": round(len(results) / seconds, 3),
         **{name: finite(value) for name, value in metrics.summary().items()},
         "clips": metrics.clips,
+        "skipped": lines + problems.count + len(dataset) - len(results),
     }
     title = f"{_title(built)} on {args.data}, {args.split}"
     if args.protocol in TUBES:
         images = {found.key: number for number, found in enumerate(results)}
-        truth = read_annotations(section["annotations"])
-        tubes = _score_tubes(args, truth, section.get("fold", 1), all_detections(results), images)
+        truth = whole.annotations.within(images)
+        tubes = _score_tubes(args, truth, whole.fold, all_detections(results), images)
         return document | tubes, title
-    return document | frame_document(metrics.frame, names), title
+    return document | frame_document(metrics.frame, classes.names), title
+
+
+def _remark_people(path: Path | None, people: Mapping | None, results: Sequence) -> None:
+    if people is None:
+        return
+    used = {found.key for found in results}
+    total = sum(len(given.boxes) for given in people.values())
+    unused = sum(len(given.boxes) for key, given in people.items() if key not in used)
+    if unused or not total:
+        say(f"evad evaluate: {path}: of {total} boxes, {unused} on no keyframe that was evaluated")
 
 
 def _title(built: Built) -> str:
@@ -277,9 +321,11 @@ def _section(source: str) -> dict:
     return section
 
 
-def _label_map(path: Path) -> dict[int, str]:
+def _classes(path: Path | None) -> ava.Classes:
+    """AVA's, or those of --labels, which all count."""
     try:
-        return ava.read_label_map(path)
+        known = ava.read_classes(path)
+        return known if path is None else known._replace(counted=tuple(sorted(ava.read_label_map(path))))
     except ValueError as error:
         raise CommandError(f"--labels: {error}") from error
 
@@ -339,5 +385,5 @@ def _print_summary(document: dict) -> None:
             f"tokens inside ground truth: {percent('kept_inside_truth')} % of those kept, "
             f"{percent('truth_area')} % of all; {document['clips']} clips, {document['clips_per_second']:.2f} a second"
         )
-    if document.get("skipped_lines"):
-        print(f"{document['skipped_lines']} lines that could not be read were skipped", file=sys.stderr)
+    if count := document.get("skipped_lines", document.get("skipped")):
+        say_skipped("evaluate", count)

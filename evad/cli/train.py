@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from . import CommandError
-from ._common import Stopper, placement, ranks, say, writable_folder
+from ._common import Stopper, from_all_ranks, placement, ranks, say, say_skipped, skipped, writable_folder
 
 DESCRIPTION = """\
 Train a detector. Without --config: a tiny one on synthetic clips rendered on the fly, nothing to download.
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             folder = writable_folder(args.out)
             plan, clips, held_out = training.prepare(plan)
             evaluate = None if held_out is None else training.evaluation(plan, held_out)
+            lines = skipped(clips) + skipped(held_out)
             trainer = training.Trainer(plan, clips, folder, device=device, evaluate=evaluate)
         except (ValueError, TrainingError) as error:
             raise CommandError(str(error)) from error
@@ -81,10 +82,9 @@ def run(args: argparse.Namespace) -> int:
         except TrainingError as error:
             say(f"evad train: {error}")
             return 1
+        count = lines + sum(from_all_ranks([skipped(clips) + skipped(held_out) - lines]))  # all read the same lines
         if first:
-            _report(args, result, folder, time.perf_counter() - begin)
-            if skipped := getattr(getattr(clips, "problems", None), "count", 0):
-                say(f"{skipped} times something of the data could not be used and was skipped")
+            _report(args, result, folder, time.perf_counter() - begin, count)
     return 130 if result.interrupted else 0
 
 
@@ -155,10 +155,18 @@ def _facts(now) -> str:
     )
 
 
-def _report(args: argparse.Namespace, result, folder: Path, seconds: float) -> None:
+def _report(args: argparse.Namespace, result, folder: Path, seconds: float, count: int) -> None:
+    from ..evaluation.report import number
+
+    if count:
+        say_skipped("train", count)
     if args.json:
-        document = {**result._asdict(), "weights": result.weights and str(result.weights), "folder": str(folder)}
-        print(json.dumps({**document, "seconds": round(seconds, 1)}, indent=2))
+        numbers = {
+            name: {key: number(value) for key, value in getattr(result, name).items()} for name in ("losses", "metrics")
+        }
+        document = {**result._asdict(), **numbers, "skipped": count, "folder": str(folder)}
+        document |= {"weights": result.weights and str(result.weights), "seconds": round(seconds, 1)}
+        print(json.dumps(document, indent=2, allow_nan=False))
         return
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     say(

@@ -11,13 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..ava import ACTIONS, Row, read_labels, read_rows, read_seconds
+from ..ava import Classes, Row, read_classes, read_rows, read_seconds
 from ..problems import DataError, Problems
 from ..video import MAX_SIZE
 from .clips import Clips, Entry
 from .media import Sampling, find
-
-OUTSIDE = 1e-3  # parts of the picture that rounding may put a box outside
 
 
 def read_ava(
@@ -46,7 +44,7 @@ def read_ava(
         split: "train" augments, and leaves out seconds without a box; others do neither.
         annotations: CSV file.
         media: Folder that has, for a video id, a folder of numbered frames or a video file of that name.
-        labels: Label map (as ``evad.ava.read_label_map``); None for AVA's 80 actions.
+        labels: Label map, as ``evad.ava.read_classes`` takes it; None for AVA's 80 actions, of which 60 are evaluated.
         exclude: CSV of excluded timestamps.
         start: Timestamp at which the videos, or frames, begin: 900 for frames of minutes 15 to 30.
         fps: Of the frames in folders.
@@ -62,7 +60,8 @@ def read_ava(
     problems, root = Problems(on_error), Path(media)
     if not root.is_dir():
         raise DataError(f"{media}: is not a folder (media)")
-    names = ACTIONS if labels is None else _read_labels(labels)
+    classes = _read_classes(labels)
+    names = classes.labels
     excluded = read_seconds(exclude) if exclude else set()
     people: dict[tuple[str, float], dict[tuple[str, ...], set[int]]] = {}  # key -> box as written -> actions
     paths: dict[str, Path | None] = {}
@@ -83,7 +82,7 @@ def read_ava(
         boxes = people.setdefault(key, {})
         if not row.place:
             continue
-        if wrong := _wrong(row, len(names)):
+        if wrong := _wrong(row, classes):
             problems(f"{where}: {wrong}")
             continue
         boxes.setdefault(row.place, set()).add(row.action)
@@ -99,6 +98,7 @@ def read_ava(
         entries,
         names,
         Sampling(num_frames, frame_stride, fps),
+        counted=classes.counted,
         problems=problems,
         short_sides=short_sides if training and short_sides else [short_side],
         max_size=max_size,
@@ -114,16 +114,12 @@ def read_csv(split: str, *, annotations: str, media: str, labels: str, start: fl
     return read_ava(split, annotations=annotations, media=media, labels=labels, start=start, **options)
 
 
-def _wrong(row: Row, num_classes: int) -> str:
+def _wrong(row: Row, classes: Classes) -> str:
     """What is wrong with a line of annotations, or ""."""
-    x1, y1, x2, y2 = row.box
-    if not 1 <= row.action <= num_classes:
-        return f"action_id must be in [1, {num_classes}], got {row.action}"
-    if min(row.box) < -OUTSIDE or max(row.box) > 1 + OUTSIDE:
-        return f"the box must lie in the picture, in [0, 1], got {', '.join(row.place)}"
-    if x1 >= x2 or y1 >= y2:
-        return f"the box must have x1 < x2 and y1 < y2, got {', '.join(row.place)}"
-    return ""
+    if row.action not in classes.names:
+        mapped = ", and in the label map" * (len(classes.names) < len(classes.labels))
+        return f"action_id must be in [1, {len(classes.labels)}]{mapped}, got {row.action}"
+    return row.wrong
 
 
 def _arrays(boxes: dict[tuple[str, ...], set[int]], num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,9 +129,9 @@ def _arrays(boxes: dict[tuple[str, ...], set[int]], num_classes: int) -> tuple[n
     return np.array([list(map(float, place)) for place in boxes], np.float64).reshape(-1, 4), labels
 
 
-def _read_labels(path: str) -> tuple[str, ...]:
+def _read_classes(path: str | None) -> Classes:
     try:
-        return read_labels(path)
+        return read_classes(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror} (labels)") from error
     except ValueError as error:

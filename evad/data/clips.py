@@ -32,7 +32,8 @@ class Entry(NamedTuple):
 
 
 class Clips(Dataset):
-    """Entries as samples. A clip that cannot be read fails, or (policy "skip") is black, empty and counted.
+    """Entries as samples. A clip that cannot be read fails, or (policy "skip") is counted: training has a black one
+    without people in its place, evaluation leaves it out.
 
     Augmentation depends on (seed, epoch, index) and nothing else.
     """
@@ -45,6 +46,7 @@ class Clips(Dataset):
         *,
         problems: Problems,
         short_sides: Sequence[int],
+        counted: Sequence[int] | None = None,
         max_size: int = MAX_SIZE,
         flip: float = 0.0,
         seed: int = 0,
@@ -58,6 +60,7 @@ class Clips(Dataset):
             sampling: Which frames a clip has.
             problems: What to do about clips that cannot be read.
             short_sides: Pixels of the short side, one of them at random.
+            counted: Ids (from 1) of the classes that evaluation counts; None for all.
             max_size: Pixels that the long side has at most.
             flip: Probability of a mirror image.
             seed: Of the choice of side and flip.
@@ -66,6 +69,7 @@ class Clips(Dataset):
         self.entries, self.labels, self.sampling, self.problems = list(entries), tuple(labels), sampling, problems
         self.short_sides, self.max_size, self.flip, self.seed = tuple(short_sides), max_size, flip, seed
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
+        self.counted = tuple(range(1, len(self.labels) + 1) if counted is None else counted)
         self.epoch = 0
         if not self.entries:
             raise DataError("the dataset has no keyframe in it")
@@ -89,19 +93,20 @@ class Clips(Dataset):
             size = image.shape[:2]
             return resize(np.ascontiguousarray(image[:, ::-1]) if flip else image, short_side, self.max_size)
 
-        boxes, labels = entry.boxes, entry.labels
+        boxes, labels, flags = entry.boxes, entry.labels, {}
         try:
             samples = read_frames(entry.path, entry.at, self.sampling, prepare)
         except VideoError as error:
             self.problems(f"{error} (for {entry.key[0]} at {entry.key[1]:g})", error)
             samples = [prepare(np.zeros((*size, 3), np.uint8))] * self.sampling.num_frames
-            boxes, labels = boxes[:0], labels[:0]
+            boxes, labels, flags = boxes[:0], labels[:0], {"unreadable": torch.tensor(True)}
         pixels = prepare_boxes(boxes, size, short_side, self.max_size, flip=flip)
         seen = (pixels[:, :2] < pixels[:, 2:]).all(1)
         target = {
             "boxes": torch.from_numpy(pixels[seen].astype(np.float32)),
             "labels": torch.from_numpy(labels[seen].astype(np.float32)),
             "truth": torch.from_numpy(boxes[seen]),  # as annotated, for evaluation
+            **flags,
         }
         return Sample(normalize(samples, self.pixel_mean, self.pixel_std), target, entry.key)
 

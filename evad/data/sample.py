@@ -15,7 +15,8 @@ class Sample(NamedTuple):
     clip: Tensor  # [3, T, H, W] float32, normalised
     target: dict[str, Tensor]
     """"boxes" [M, 4] float32: x1, y1, x2, y2 in pixels of the clip; "labels" [M, classes] float32: multi-hot; perhaps
-    "truth" [M, 4] float64: the boxes as annotated, in parts of the picture, never clipped."""
+    "truth" [M, 4] float64: the boxes as annotated, in parts of the picture, never clipped; "unreadable", true, where
+    the clip could not be read and black stands for it."""
     key: tuple[str, float]  # video id, second of the keyframe
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,16 @@ class Annotations(NamedTuple):
         if not 1 <= fold <= len(folds):
             raise DataError(f"fold must be in [1, {len(folds)}], as the annotations have them, got {fold}")
         return folds[fold - 1]
+
+    def within(self, frames: Collection[tuple[str, int]]) -> Annotations:
+        """What is annotated in some frames, (video, frame from 1)."""
+        tubes: dict[str, list[tuple[int, Tube]]] = {}
+        for video, some in self.tubes.items():
+            for label, tube in some:
+                there = np.array([(video, frame) in frames for frame in tube.frames.tolist()], bool)
+                if there.any():
+                    tubes.setdefault(video, []).append((label, Tube(tube.frames[there], tube.boxes[there])))
+        return self._replace(tubes=tubes)
 
 
 def read_annotations(path: str | Path, problems: Problems | None = None) -> Annotations:
@@ -133,6 +143,13 @@ class _Unpickler(pickle.Unpickler):
         return getattr(importlib.import_module(short), name)
 
 
+class TubeClips(Clips):
+    """Clips that know their tubes, for video mAP."""
+
+    annotations: Annotations
+    fold: int
+
+
 def read_tubes(
     split: str,
     *,
@@ -150,7 +167,7 @@ def read_tubes(
     short_side: int = 224,
     pixel_mean: float = 0.45,
     pixel_std: float = 0.225,
-) -> Clips:
+) -> TubeClips:
     """Clips of UCF101-24 or JHMDB: in training around annotated frames, else around every frame.
 
     Args:
@@ -189,7 +206,7 @@ def read_tubes(
             entries.append(Entry((video, float(frame)), path, frame - 1, table, labels))
     if not entries:
         raise DataError(f"{annotations}: has no keyframe that can be used")
-    return Clips(
+    clips = TubeClips(
         entries,
         known.labels,
         Sampling(num_frames, frame_stride, 0.0, by_frame=True),
@@ -201,3 +218,5 @@ def read_tubes(
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
     )
+    clips.annotations, clips.fold = known, fold
+    return clips

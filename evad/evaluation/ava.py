@@ -13,16 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..ava import read_rows
+from ..ava import EVALUATED, read_rows
 from ..problems import Problems
 from .average_precision import STRICT, Boxes, average_precision
 
-# The classes that AVA evaluates, with at least 25 examples in each split (ids from 1).
-EVALUATED = tuple(
-    number
-    for number in range(1, 81)
-    if number not in {2, 16, 18, 19, 21, 23, 25, 31, 32, 33, 35, 39, 40, 42, 44, 50, 53, 55, 71, 75}
-)
 CAPACITY = 50  # labelled boxes of an image that ActivityNet's script keeps
 
 
@@ -90,16 +84,23 @@ def _best(boxes: Boxes, capacity: int) -> np.ndarray:
     return keep
 
 
-def read_boxes(path: str | Path, images: dict[tuple[str, float], int], problems: Problems | None = None) -> Boxes:
+def read_boxes(
+    path: str | Path, images: dict[tuple[str, float], int], problems: Problems | None = None, *, truth: bool = False
+) -> Boxes:
     """Boxes of a CSV in AVA's format; ``images`` numbers (video id, second), and new ones are added to it.
 
+    Args:
+        truth: They are ground truth, whose boxes must lie in the picture and have an area; detections may be anything.
     Raises:
-        DataError: see ``evad.ava.read_rows``.
+        DataError: see ``evad.ava.read_rows``; a box that cannot be.
     """
+    problems = Problems() if problems is None else problems
     image, label, box, score = [], [], [], []
     for row in read_rows(path, problems):
         number = images.setdefault((row.video, row.second), len(images))
-        if row.place:
+        if truth and row.place and row.wrong:
+            problems(f"{path}, line {row.line}: {row.wrong}")
+        elif row.place:
             image.append(number)
             label.append(row.action)
             box.append(row.box)

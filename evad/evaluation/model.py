@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..ava import read_rows
 from ..data.sample import Batch, collate
 from ..detector import EVAD, EVADOutput, select_detections
-from ..problems import Problems
+from ..problems import DataError, Problems
 from .ava import AvaScores, evaluate_ava, mean
 from .average_precision import Boxes, area_under_curve, average_precision, iou
 
@@ -43,9 +43,12 @@ def read_people(path: str | Path, least: float = 0.0, problems: Problems | None 
         least: Score below which a box is left out.
         problems: What to do about lines that cannot be read.
     """
+    problems = Problems() if problems is None else problems
     found: dict[tuple[str, float], dict[tuple[str, ...], float]] = {}
     for row in read_rows(path, problems):
-        if row.place:
+        if row.place and row.outside:
+            problems(f"{path}, line {row.line}: {row.outside}")
+        elif row.place:
             score = 1.0 if row.action else row.score  # of annotations the last field is a person's id
             boxes = found.setdefault((row.video, row.second), {})
             boxes[row.place] = max(score, boxes.get(row.place, 0.0))
@@ -103,13 +106,14 @@ def evaluate(model: EVAD, dataset: Dataset, *, match_order: str = "file", **opti
 
     Args:
         model: Evaluated in evaluation mode; its own mode is restored.
-        dataset: Not augmented.
+        dataset: Not augmented. Its ``counted``, if it has that, are the classes that the frame mAP counts.
         match_order: "file" (proposals in their order, as released) or "score"; see ``evad.evaluation.ava``.
         options: As for ``collect``.
     Returns:
         The same on every rank; with another number of ranks the same up to rounding.
     """
-    return score(collect(model, dataset, **options), match_order=match_order)
+    counted = getattr(dataset, "counted", None)
+    return score(collect(model, dataset, **options), match_order=match_order, classes=counted)
 
 
 def collect(
@@ -123,7 +127,7 @@ def collect(
     people: People | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Found]:
-    """What a detector finds in every clip of a dataset, in order, on every rank.
+    """What a detector finds in every clip of a dataset that can be read, in order, on every rank.
 
     Args:
         batch_size: Clips at a time.
@@ -158,7 +162,8 @@ def run(
     autocast: torch.dtype | None = None,
     people: People | None = None,
 ) -> Iterator[Found]:
-    """What the model finds in clips ``indices`` of a dataset, in their order; options as for ``collect``."""
+    """What the model finds in clips ``indices`` of a dataset, in their order, less what cannot be read; options as for
+    ``collect``."""
     loader = DataLoader(Subset(dataset, indices), batch_size, num_workers=workers, collate_fn=collate)
     threshold = model.config.person_threshold if threshold is None else threshold
     weight, training, rows = next(model.parameters()), model.training, iter(indices)
@@ -171,8 +176,10 @@ def run(
             boxes = None if given is None else [_pixels(some, clip) for some, clip in zip(given, clips, strict=True)]
             with torch.inference_mode(), computing:
                 output = model(torch.stack(clips) if isinstance(batch.clips, Tensor) else clips, boxes)
-            for found in _found(model, batch, output, threshold, given):
-                yield found._replace(index=next(rows))
+            everyone = _found(model, batch, output, threshold, given)
+            for target, found, row in zip(batch.targets, everyone, rows, strict=False):
+                if "unreadable" not in target:
+                    yield found._replace(index=row)
     finally:
         model.train(training)
 
@@ -241,7 +248,7 @@ def _inside(truth, kept, grid, size, patch, keyframe) -> tuple[float, float, flo
 def score(results: Sequence[Found], *, match_order: str = "file", classes: Sequence[int] | None = None) -> Metrics:
     """Metrics of what was found in all clips; ``classes`` (ids from 1) are those that the frame mAP counts."""
     if not results:
-        raise ValueError("evaluate: dataset must have at least one clip, got none")
+        raise DataError("the dataset has no clip that can be read")
     labels = range(1, results[0].labels.shape[1] + 1) if classes is None else classes
     image = np.arange(len(results))
     truth = _boxes(image, [found.truth for found in results], [found.labels > 0 for found in results])
