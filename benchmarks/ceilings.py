@@ -49,13 +49,17 @@ class Ceilings:
         self.device = device
         self._rates: dict[tuple, float] = {}
 
-    def floor(self, work: Work) -> dict:
-        """``ms``, and ``bound``: which of the three rates sets it."""
-        seconds = {
+    def seconds(self, work: Work) -> dict[str, float]:
+        """What bytes, multiply-adds and exponentials would take, each alone."""
+        return {
             "bytes": work.bytes / self.copy(work.bytes) if work.bytes else 0,
             "flops": work.flops / self.matmul(work.dtype) if work.flops else 0,
             "exp": work.exps / self.exp() if work.exps else 0,
         }
+
+    def floor(self, work: Work) -> dict:
+        """``ms``, and ``bound``: which of the three rates sets it."""
+        seconds = self.seconds(work)
         bound = max(seconds, key=seconds.get)
         return {"ms": float(f"{1e3 * seconds[bound]:.4g}"), "bound": bound}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from triton.runtime import JITFunction
 
-from benchmarks import _harness, gpu_check, report, tune_keyframe_attention
+from benchmarks import _harness, gpu_check, profile_kernels, report, tune_keyframe_attention
 from benchmarks._harness import Contestants, Goal, measure_memory
 from benchmarks.ceilings import Ceilings, Work
 from evad_kernels import keyframe_attention_tuning as tuning
@@ -341,6 +341,50 @@ def test_every_file_that_a_stage_names_exists():
             if word.startswith(("tests/", "benchmarks/")):
                 assert (gpu_check.ROOT / word).exists(), word
     assert set(tuning.TABLE[90, 2]) == set(tune_keyframe_attention.KERNELS)
+
+
+@pytest.fixture
+def fixed_ceilings(monkeypatch):
+    monkeypatch.setattr(Ceilings, "summary", lambda self: {"copy GB/s": 10.0})
+    monkeypatch.setattr(Ceilings, "copy", lambda self, size=0: 1e10)
+    return Ceilings("cpu")
+
+
+def test_profile_of_one_case(tmp_path, fixed_ceilings):
+    name = "select_tokens with inverse map, 224 B1"
+    assert profile_kernels.main(["--device", "cpu", "--out", str(tmp_path), name]) == 0
+    (found,) = json.loads((tmp_path / "profile.json").read_text())["rows"]
+    kernels = {kernel["kernel"]: kernel for kernel in found["kernels"]}
+    ours = next(name for name in kernels if name.startswith("evad_kernels::"))
+    assert kernels[ours]["launches"] == 1 and 0 < kernels[ours]["us"] <= found["us"]
+    assert found["bytes"] == 8 * 1372 + 8 * 902
+    assert found["of_ceiling"] == {"bytes": pytest.approx(1e6 * found["bytes"] / 1e10 / found["us"], rel=1e-2)}
+    text = (tmp_path / "profile.md").read_text()
+    assert f"### {name}\n\n" in text and "0.01819 MB (" in text and f"| {ours} | 1 |" in text
+
+
+def test_a_profile_that_fails_does_not_hide_the_others(tmp_path, fixed_ceilings, monkeypatch):
+    monkeypatch.setitem(profile_kernels.OPS, "gather_tokens", (lambda **_: 1 / 0, {"a": {}}, {}, False))
+    asked = ["--device", "cpu", "--out", str(tmp_path), "gather_tokens", "inverse map, 224 B1"]
+    assert profile_kernels.main(asked) == 1
+    rows = json.loads((tmp_path / "profile.json").read_text())["rows"]
+    assert {row["op"]: "error" in row for row in rows} == {
+        "gather_tokens": True,
+        "select_tokens with inverse map": False,
+    }
+    assert "ZeroDivisionError" in (tmp_path / "profile.md").read_text()
+    assert profile_kernels.main([*asked, "--seconds", "0"]) == 1
+    assert (tmp_path / "profile.md").read_text().count("no time left") == 2
+    assert profile_kernels.main(["--device", "cpu", "no such case"]) == 1
+
+
+def test_profiles_are_of_what_has_goals():
+    """Every op of the benchmarks with a goal on a GPU, the first case of each before any second one."""
+    cases = list(profile_kernels.every_case("cuda"))
+    assert [op for op, _ in cases[: len(profile_kernels.OPS)]] == list(profile_kernels.OPS)
+    for op, name in (("roi_pool_3d, backward", "1000 boxes"), ("scatter_tokens", "288x512"), ("gather_tokens", "224")):
+        assert any(op == of_case and name in case for of_case, case in cases), (op, name)
+    assert not any("B1" in case.split() or "float32" in case.split() for _, case in cases)
 
 
 def test_a_tile_must_be_right_relative_to_what_is_wanted():
