@@ -1,5 +1,6 @@
-"""What only a GPU can show of its backends: selection in many random cases, the same bits in every run, on any stream
-and in a graph's replay, memory that grows with the number of tokens.
+"""What only a GPU can show of its backends: selection in many random cases; the same bits in every run, on any stream
+and in a graph's replay, whatever the form of boxes and fill (none waits for the host); boxes of any kind on any grid;
+memory that grows with the number of tokens.
 """
 
 import gpu_cases
@@ -20,7 +21,8 @@ pytestmark = [
 def kernels(request):
     """Runs a test on a backend of the GPU."""
     of_test = "keyframe_attention_topk" if "attention" in request.node.name else "select_tokens"
-    op = request.node.callspec.params.get("op", of_test)
+    parameters = request.node.callspec.params
+    op = gpu_cases.op_of(parameters.get("name", parameters.get("op", of_test)))
     if (reason := _backend.unavailable(op, request.param)) is not None:
         pytest.skip(f"backend {request.param}: {reason}")
     with use_backend(request.param):
@@ -28,24 +30,25 @@ def kernels(request):
 
 
 every_op = pytest.mark.parametrize("op", _backend.IMPLEMENTED)
+every_case = pytest.mark.parametrize("name", gpu_cases.cases(B=1, N=112))
 
 
 def same(these, those):
     return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
 
 
-@every_op
-def test_same_bits_in_100_runs(kernels, op):
-    case = gpu_cases.cases()[op]
+@every_case
+def test_same_bits_in_100_runs(kernels, name):
+    case = gpu_cases.cases()[name]
     tensors = gpu_cases.on("cuda", case)
     first = gpu_cases.step(case, tensors)
     for run in range(99):
         assert same(gpu_cases.step(case, tensors), first), run
 
 
-@every_op
-def test_second_stream(kernels, op):
-    case = gpu_cases.cases()[op]
+@every_case
+def test_second_stream(kernels, name):
+    case = gpu_cases.cases()[name]
     tensors = gpu_cases.on("cuda", case)
     want = gpu_cases.step(case, tensors)
     torch.cuda.synchronize()
@@ -58,9 +61,9 @@ def test_second_stream(kernels, op):
     assert same(got, want)
 
 
-@every_op
-def test_graph_replay(kernels, op):
-    case, other = gpu_cases.cases(seed=0)[op], gpu_cases.cases(seed=1)[op]
+@every_case
+def test_graph_replay(kernels, name):
+    case, other = gpu_cases.cases(seed=0)[name], gpu_cases.cases(seed=1)[name]
     tensors = gpu_cases.on("cuda", case)
     grads = gpu_cases.grad_outputs(case.run(*tensors))
     side = torch.cuda.Stream()
@@ -80,15 +83,29 @@ def test_graph_replay(kernels, op):
         assert same(captured, gpu_cases.step(case, tensors, grads))
 
 
-@every_op
-def test_hostile_inputs_give_what_the_reference_gives(kernels, op):
-    case = gpu_cases.hostile(torch.float32)[op]
+def assert_equal_to_reference(case, tolerance):
     tensors = gpu_cases.on("cuda", case)
     got = gpu_cases.step(case, tensors)
     with use_backend("reference"):
         want = gpu_cases.step(case, tensors)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", gpu_cases.hostile(torch.float32))
+def test_hostile_inputs_give_what_the_reference_gives(kernels, name):
+    assert_equal_to_reference(gpu_cases.hostile(torch.float32)[name], 1e-5)
+
+
+@pytest.mark.parametrize("name", gpu_cases.forms(torch.float32))
+def test_forms_give_what_the_reference_gives(kernels, name):
+    assert_equal_to_reference(gpu_cases.forms(torch.float32)[name], 1e-4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("op", gpu_cases.BOXES)
+def test_any_boxes_on_any_grid(kernels, op, seed):
+    assert_equal_to_reference(gpu_cases.chance(op, seed), 2e-4)
 
 
 @pytest.mark.parametrize(("N", "runs"), [(1568, 334), (2592, 333), (4608, 333)])
@@ -168,8 +185,8 @@ def test_extra_memory_is_linear(kernels, op):
     assert used[1] <= 2.2 * used[0] + 2**20, used
 
 
-def test_attention_forward_needs_2_per_cent_of_the_map(kernels):
-    case = gpu_cases.cases(B=8, N=4480)["keyframe_attention_topk"]
+def test_attention_forward_of_4480_tokens_needs_2_per_cent_of_the_map(kernels, B=8, N=4480):
+    case = gpu_cases.cases(B=B, N=N)["keyframe_attention_topk"]
     with torch.no_grad():
         used = extra(case, [x.cuda() for x in case.tensors])
-    assert used <= 0.02 * (8 * 12 * 4480**2 * 2), used
+    assert used <= 0.02 * (B * 12 * N**2 * 2), used
