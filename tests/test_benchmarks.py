@@ -323,7 +323,7 @@ def test_a_stage_that_is_stopped_leaves_what_it_wrote_and_no_process(monkeypatch
     monkeypatch.setattr(
         gpu_check, "STAGES", {name: gpu_check.Stage(command, 6, "all") for name, command in stages.items()}
     )
-    monkeypatch.setattr(gpu_check, "GROUPS", {})
+    monkeypatch.setattr(gpu_check, "GROUPS", {"attention": []})
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path), *stages])
     begin = time.monotonic()
     assert gpu_check.main() == 1
@@ -335,12 +335,32 @@ def test_a_stage_that_is_stopped_leaves_what_it_wrote_and_no_process(monkeypatch
     assert outcomes["missing"].startswith("failed to start") and outcomes["build"].startswith("ok")
 
 
+@pytest.mark.parametrize(("kernel", "outcome"), [("at::fill_kernel", "ok, ours at least"), ("evad::f", "failed (9)")])
+def test_errors_of_kernels_that_are_not_ours_do_not_count(monkeypatch, tmp_path, kernel, outcome):
+    said = f"========= Uninitialized __global__ memory read\n=========     at void {kernel}<int>(int)+0x10"
+    script = f"print({said!r}); print('========= Host Frame: evad_kernels/_triton.py:1'); exit(9)"
+    stage = gpu_check.sanitizer("initcheck", "cuda", 60)._replace(command=[sys.executable, "-c", script])
+    monkeypatch.setitem(gpu_check.STAGES, "stage", stage)
+    assert gpu_check.run("stage", tmp_path / "log", tmp_path, time.monotonic() + 100).outcome == outcome
+
+
 def test_every_file_that_a_stage_names_exists():
     for stage in gpu_check.STAGES.values():
         for word in stage.command:
-            if word.startswith(("tests/", "benchmarks/")):
-                assert (gpu_check.ROOT / word).exists(), word
+            if word.startswith(("tests/", "benchmarks/", "benchmarks.")):
+                path = word.replace("benchmarks.", "benchmarks/", 1) + ".py" * word.startswith("benchmarks.")
+                assert (gpu_check.ROOT / path).exists(), word
     assert set(tuning.TABLE[90, 2]) == set(tune_keyframe_attention.KERNELS)
+
+
+@pytest.mark.parametrize("command", [[], ["attention"], ["measure"]], ids=str)
+def test_no_stage_of_a_command_starves_another(command):
+    assert gpu_check.longest(gpu_check.chosen(command)) <= 60 * gpu_check.MINUTES - gpu_check.GRACE
+
+
+def test_every_stage_is_in_a_group_or_named_alone():
+    grouped = {name for stages in gpu_check.GROUPS.values() for name in stages}
+    assert set(gpu_check.STAGES) - grouped == {"build", "tests-all"}
 
 
 @pytest.fixture
