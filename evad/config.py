@@ -241,7 +241,8 @@ class EVADConfig:
                 absent name has the ViT-B value. Sections other than ViT, MODEL, DETECTION, DATA and SOLVER describe a
                 run, not the model, and are not read.
         Raises:
-            ValueError: an option that EVAD here does not have, or has only at another value; the message names it.
+            ValueError: an option that EVAD here does not have, or has only at another value; the message names it. Or
+                none of these sections, where there is anything.
             OSError: the file cannot be read.
         """
         if not isinstance(source, Mapping):
@@ -253,6 +254,8 @@ class EVADConfig:
                 raise ValueError(f"from_official: {source} must be a YAML file, got {error}") from error
             if not isinstance(source, Mapping):
                 _fail("source", "a mapping of sections", type(source).__name__, "from_official")
+        if source and not any(section in source for section in _SECTIONS):
+            _fail("source", f"sections of {', '.join(_SECTIONS)}", sorted(map(str, source)), "from_official")
         return cls(**_official_fields(source))
 
 
@@ -357,6 +360,7 @@ _DERIVED = {
     "SOLVER.STEPS",
 }
 
+_SECTIONS = ("ViT", "MODEL", "DETECTION", "DATA", "SOLVER")
 _COMPLETE = ("ViT.", "MODEL.", "DETECTION.")  # sections that define the model: an unknown name there is refused
 
 

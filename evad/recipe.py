@@ -23,6 +23,7 @@ PRESETS = ("vit_b", "vit_l", "tiny")
 SCHEDULES = ("steps", "cosine")
 PRECISIONS = ("float32", "bfloat16")
 SHARDINGS = ("ddp", "fsdp")
+SECTIONS = ("model", "training", "data")
 
 # Fields of EVADConfig that a configuration file has under "training": they are of the run, not of the model.
 OPTIMISATION = (
@@ -128,10 +129,10 @@ def read_run(source: str | Path | Mapping, overrides: Iterable[str] = ()) -> Run
     if isinstance(source, Mapping):
         where, document = "configuration", source
     else:
-        where, document = str(source), _load(source)
+        where, document = str(source), load(source)
     if not isinstance(document, Mapping):
         raise ValueError(f"{where}: must be sections with keys, got {type(document).__name__}")
-    sections = {"model": {}, "training": {}, "data": {}}
+    sections = {name: {} for name in SECTIONS}
     for name, section in document.items():
         if name not in sections:
             raise ValueError(f"{where}: {name!r} is no section{_nearest(name, sections)}")
@@ -173,22 +174,25 @@ def read_run(source: str | Path | Mapping, overrides: Iterable[str] = ()) -> Run
         raise ValueError(f"{where}: {error}") from error
 
 
-def _load(source: str | Path) -> object:
+def load(source: str | Path) -> object:
+    """What a YAML file, or a configuration of the package, holds.
+
+    Raises:
+        ValueError: there is none, or it is not YAML.
+    """
     import yaml
 
     path = Path(source)
     packaged = resources.files(__package__) / "configs" / f"{source}.yaml"
     if not path.suffix and not path.exists() and packaged.is_file():
-        text = packaged.read_text(encoding="utf-8")
+        path = packaged
     elif not path.exists():
         raise ValueError(
             f"{source}: no such file, and no configuration of the package{_nearest(str(source), configurations())}"
         )
-    else:
-        text = path.read_text(encoding="utf-8")
     try:
-        return yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: must be a YAML file ({error})") from error
 
 

@@ -376,6 +376,20 @@ def test_profile_peak_memory():
     assert isinstance(peak, int) and 0 < peak < 1e9
 
 
+def test_model_of_a_training_configuration(tmp_path, capfd):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {preset: tiny, keep_rate: 0.5, num_classes: 3}\ndata: {name: synthetic}\n")
+    arguments = ("profile", "--size", "48", "48", "--no-time", "--device", "cpu", "--json", "--model")
+    documents = []
+    for words in (["tiny", "--keep-rate", "0.5"], [path]):
+        status, out, _ = run(capfd, *arguments, *words)
+        assert status == 0
+        documents.append(json.loads(out))
+    assert documents[0]["tokens"] == documents[1]["tokens"] and documents[1]["keep_rate"] == 0.5
+    path.write_text("models: {preset: tiny}\n")
+    assert "must be sections of ViT, MODEL" in rejected(capfd, *arguments, path)
+
+
 def test_profile_training(capfd):
     arguments = ("--model", "tiny", "--size", "48", "72", "--train", "--repeats", "1", "--device", "cpu")
     status, out, _ = run(capfd, "profile", *arguments, "--recompute", "--dtype", "bfloat16", "--json")

@@ -96,6 +96,11 @@ def test_rejects_released_option_we_do_not_have(changes, name):
         EVADConfig.from_official(released(**changes))
 
 
+def test_rejects_a_mapping_of_something_else():
+    with pytest.raises(ValueError, match=r"source must be sections of ViT, .*SOLVER, got \['model', 'training'\]"):
+        EVADConfig.from_official({"model": {"preset": "tiny"}, "training": {}})
+
+
 def test_rejects_broken_yaml(tmp_path):
     path = tmp_path / "evad.yaml"
     path.write_text("ViT: [1, 2")

@@ -269,6 +269,46 @@ def test_build_names_options():
         data.build({"name": "csv", "frames": "x"}, "val")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("start", "abc", "a number, got 'abc'"),
+        ("start", float("nan"), "a number, got nan"),
+        ("fps", 0, "a number of at least 0.01, got 0"),
+        ("fps", -3, "a number of at least 0.01, got -3"),
+        ("flip", "abc", "a number of at least 0 and at most 1, got 'abc'"),
+        ("flip", 3, "a number of at least 0 and at most 1, got 3"),
+        ("flip", True, "a number of at least 0 and at most 1, got True"),
+        ("seed", -1, "a whole number of at least 0, got -1"),
+        ("seed", 1.5, "a whole number of at least 0, got 1.5"),
+        ("media", 3, "text, got 3"),
+        ("annotations", None, "text, got None"),
+        ("short_sides", 96, "a list of whole numbers of at least 16 and at most 4096, got 96"),
+        ("short_sides", [], r"a list of whole numbers .*, got \[\]"),
+        ("short_sides", [96, 0], r"a list of whole numbers of at least 16 .*, got \[96, 0\]"),
+        ("short_side", 0, "a whole number of at least 16 and at most 4096, got 0"),
+        ("max_size", 0, "a whole number of at least 16"),
+        ("num_frames", 8, "the model's 16, got 8"),
+        ("name", ["csv"], "one of synthetic, ava, csv"),
+        ("val", 3, "options of that split, got 3"),
+    ],
+)
+def test_values_of_options_are_named(written, option, value, message):
+    with pytest.raises(DataError, match=f"^data: {option} must be {message}"):
+        data.build(section(written) | {option: value}, "val", EVADConfig.tiny())
+
+
+def test_values_of_synthetic_options_are_named():
+    for option, value in (("clips", 0), ("clips", "1"), ("fresh", 1), ("size", [96]), ("size", [96, 1])):
+        with pytest.raises(DataError, match=f"^data: {option} must be "):
+            data.build({"name": "synthetic", option: value}, "val")
+
+
+def test_numbers_that_yaml_takes_for_text(written):
+    dataset = data.build(section(written, flip="5e-1", start=0, exclude=None, short_sides=None), "train")
+    assert dataset.flip == 0.5
+
+
 # Labels
 
 

@@ -266,10 +266,16 @@ def test_two_processes_equal_one(tmp_path, checkpoint):
         (["--data", "nothing", "--model", "tiny"], "'nothing' is neither a file nor one of synthetic"),
         (["--data", "synthetic", "--checkpoint", "CHECKPOINT", "--boxes", "none.csv"], "none.csv: No such file"),
         (["--data", "synthetic", "--model", "tiny"], "has 8 classes, the model 80"),
+        (
+            ["--data", "WRONG", "--checkpoint", "CHECKPOINT"],
+            "data: clips must be a whole number of at least 1, got 'x'",
+        ),
     ],
 )
 def test_rejects(tmp_path, capfd, checkpoint, arguments, message):
-    arguments = [checkpoint if word == "CHECKPOINT" else word for word in arguments]
+    (tmp_path / "wrong.yaml").write_text("name: synthetic\nval: {clips: x}\n")
+    places = {"CHECKPOINT": checkpoint, "WRONG": tmp_path / "wrong.yaml"}
+    arguments = [places.get(word, word) for word in arguments]
     status, out, err = run(capfd, *arguments, "--out", tmp_path)
     assert status == 2 and not out
     assert message in err and err.count("\n") == 1

@@ -9,20 +9,20 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .. import ava
+from .. import ava, recipe
 from ..config import TOKEN_ORDERS, EVADConfig
+from ..recipe import PRESETS
 from . import CommandError
 
 if TYPE_CHECKING:
     from ..detector import EVAD
 
-PRESETS = ("vit_b", "vit_l", "tiny")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -51,7 +51,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default: str = "vit_
     group.add_argument(
         "--model",
         metavar="NAME",
-        help=f"{', '.join(PRESETS)}, or the path of a released configuration (.yaml) [{own}{default}]",
+        help=f"{', '.join(PRESETS)}, or the path of a configuration (.yaml), for evad train or released "
+        f"[{own}{default}]",
     )
     if checkpoint:
         group.add_argument(
@@ -151,12 +152,19 @@ def configuration(args: argparse.Namespace) -> tuple[EVADConfig, str]:
         if not path.is_file():
             raise CommandError(f"--model: {name!r} is neither {', '.join(PRESETS)} nor a file")
         try:
-            config, name = EVADConfig.from_official(path), path.stem
+            config, name = _read_configuration(path), path.stem
         except (ValueError, TypeError) as error:
             raise CommandError(f"--model: {path} is not a configuration that can be used: {error}") from error
     fields = {"keep_rate": args.keep_rate, "token_order": getattr(args, "token_order", None)}
     fields = {field: value for field, value in fields.items() if value is not None}
     return dataclasses.replace(config, **fields), name
+
+
+def _read_configuration(path: Path) -> EVADConfig:
+    """The model of a configuration for ``evad train``, or a released one."""
+    document = recipe.load(path)
+    ours = isinstance(document, Mapping) and not document.keys().isdisjoint(recipe.SECTIONS)
+    return recipe.read_run(path).config if ours else EVADConfig.from_official(path)
 
 
 def placement(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

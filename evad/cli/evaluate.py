@@ -222,15 +222,16 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
     from ..evaluation.report import frame_document
     from ..evaluation.report import number as finite
 
-    if args.protocol in TUBES and {**section, **section.get(args.split, {})}.get("every", 1) != 1:
+    section = data.split_options(section, args.split)
+    if args.protocol in TUBES and section.get("every", 1) != 1:
         raise CommandError("--data: video mAP links every frame, so its option every must be 1")
     built = build(args)
     if args.size is not None:
         section = section | {"short_side": args.size}
     try:
         dataset = data.build(section, args.split, built.config)
-    except (ValueError, TypeError) as error:
-        raise CommandError(f"--data: {error}") from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     labels = tuple(dataset.labels)
     if len(labels) != built.config.num_classes:
         raise CommandError(f"--data: {args.data} has {len(labels)} classes, the model {built.config.num_classes}")

@@ -5,12 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 
 from torch.utils.data import Dataset
 
 from ..config import EVADConfig
+from ..problems import DataError
 from .ava import read_ava, read_csv
 from .clips import Clips
 from .sample import Batch, Sample, collate
@@ -41,25 +45,88 @@ def build(section: Mapping, split: str, config: EVADConfig | None = None) -> Dat
     Raises:
         ValueError: an unknown name or option, or a value that the dataset refuses; the message names it.
     """
-    options = {key: value for key, value in section.items() if not isinstance(value, Mapping)}
-    options |= section.get(split, {})
+    options = split_options(section, split)
     name = options.pop("name", None)
-    if name not in DATASETS:
-        raise ValueError(f"data: name must be one of {', '.join(DATASETS)}, got {name!r}")
+    if not isinstance(name, str) or name not in DATASETS:
+        raise DataError(f"data: name must be one of {', '.join(DATASETS)}, got {name!r}")
     known = _options(DATASETS[name])
     if unknown := [option for option in options if option not in known]:
-        raise ValueError(f"data: {unknown[0]!r} is no option of {name}, which has {', '.join(known)}")
-    if absent := [option for option, needed in known.items() if needed and option not in options]:
-        raise ValueError(f"data: {name} needs the option {absent[0]!r}")
+        raise DataError(f"data: {unknown[0]!r} is no option of {name}, which has {', '.join(known)}")
+    needed = [option for option, parameter in known.items() if parameter.default is parameter.empty]
+    if absent := [option for option in needed if option not in options]:
+        raise DataError(f"data: {name} needs the option {absent[0]!r}")
+    options = {option: _checked(option, value, known[option].annotation) for option, value in options.items()}
     if config is not None:
+        if (frames := options.get("num_frames", config.num_frames)) != config.num_frames:
+            raise DataError(f"data: num_frames must be the model's {config.num_frames}, got {frames}")
         options = {field: getattr(config, field) for field in _CLIP} | options
     return DATASETS[name](split, **options)
 
 
-def _options(make: Callable[..., Dataset]) -> dict[str, bool]:
-    """Options of a dataset, and whether each must be given."""
+def split_options(section: Mapping, split: str) -> dict:
+    """The options of ``section`` that hold for a split."""
+    own = section.get(split, {})
+    if not isinstance(own, Mapping):
+        raise DataError(f"data: {split} must be options of that split, got {own!r}")
+    return {key: value for key, value in section.items() if not isinstance(value, Mapping)} | own
+
+
+def _options(make: Callable[..., Dataset]) -> dict[str, inspect.Parameter]:
     parameters = dict(inspect.signature(make).parameters)
     if parameters.pop("options", None):
         parameters = dict(inspect.signature(read_ava).parameters) | parameters
     del parameters["split"]
-    return {name: parameter.default is parameter.empty for name, parameter in parameters.items()}
+    return parameters
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _whole_numbers(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and all(map(_whole, value))
+
+
+# How an option is annotated -> what its value must be, in words and as a test.
+_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "str": ("text", lambda value: isinstance(value, (str, os.PathLike))),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", _whole),
+    "float": ("a number", lambda value: (_whole(value) or isinstance(value, float)) and math.isfinite(value)),
+    "Sequence[int]": ("a list of whole numbers", _whole_numbers),
+    "tuple[int, int]": ("two whole numbers", lambda value: _whole_numbers(value) and len(value) == 2),
+}
+_PIXELS = (16, 4096)
+_RANGES = {
+    "clips": (1, math.inf),
+    "every": (1, math.inf),
+    "flip": (0, 1),
+    "fps": (0.01, math.inf),
+    "frame_stride": (1, math.inf),
+    "max_size": _PIXELS,
+    "num_frames": (1, math.inf),
+    "pixel_std": (1e-6, math.inf),
+    "seed": (0, math.inf),
+    "short_side": _PIXELS,
+    "short_sides": _PIXELS,
+    "size": _PIXELS,
+}
+
+
+def _checked(option: str, value: object, annotation: str) -> object:
+    """The value of an option that is annotated so; a number that YAML took for text, such as 1e-3, as a number."""
+    kind = annotation.removesuffix(" | None")
+    if value is None and kind != annotation:
+        return None
+    expected, holds = _KINDS[kind]
+    if kind == "float" and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    good = holds(value)
+    if option in _RANGES:
+        low, high = _RANGES[option]
+        expected += f" of at least {low:g}" + f" and at most {high:g}" * (high < math.inf)
+        good = good and all(low <= number <= high for number in (value if isinstance(value, Sequence) else [value]))
+    if not good:
+        raise DataError(f"data: {option} must be {expected}, got {value!r}")
+    return value
