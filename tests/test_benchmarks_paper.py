@@ -37,7 +37,7 @@ MINUTE = {
     "action_width": 16,
 }
 PLAN = runner.Plan(steps=2, start_steps=3, clips=2, batch_size=2, model=MINUTE)
-NAMES = ["cost", "keep_rate=0.7,p", "keep_rate=0.7,keep", "keep_rate=0.7,decoder_", "keep_rate=0.6,keyframe_weight=4"]
+NAMES = ["cost", "keep_rate=0.7,p", "keep_rate=0.7,keep", "keep_rate=0.7,decoder_", "keep_rate=0.7,times="]
 
 
 def test_rows_and_trends_name_what_exists():
@@ -77,6 +77,8 @@ def test_runs_resumes_and_reports(tmp_path, monkeypatch):
     record = json.loads((records / "keep_rate=0.7,pruning=random,seed=5.json").read_text())
     assert record["steps"] == 2 and record["model"]["pruning"] == "random" and record["machine"]["commit"]
     assert set(record["evaluations"]["by_rate"]) == {"0.7"}
+    longer = json.loads((records / "keep_rate=0.7,times=3,seed=5.json").read_text())
+    assert longer["steps"] == 6 and longer["run"] == "keep_rate=0.7,times=3" and longer["model"]["keep_rate"] == 0.7
     assert schedule.make_all(PLAN, NAMES, [5], records, work) == 0
     paper.main(["--report", "--out", str(tmp_path)])
     text = (tmp_path / "REPORT.md").read_text()

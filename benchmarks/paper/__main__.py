@@ -5,8 +5,9 @@ python -m benchmarks.paper --list            # the runs, and which have records
 python -m benchmarks.paper --only shipped    # runs whose name begins so
 python -m benchmarks.paper --report          # only the report
 
-Kill it at any moment: the same command goes on. 38 kinds of run, 1,200 steps each after a start of 900 that a seed's
-runs share: seven to ten minutes a run on a quiet core. --jobs 2 makes two at once, on half of the cores each.
+Kill it at any moment: the same command goes on. 40 kinds of run, 1,200 steps each (two of them 3,600) after a start of
+900 that a seed's runs share: seven to ten minutes a run on a quiet core. --jobs 2 makes two at once, on half of the
+cores each.
 """
 
 from __future__ import annotations

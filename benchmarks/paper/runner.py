@@ -29,7 +29,7 @@ from evad.recipe import read_run
 from evad.training import Trainer, prepare
 from evad.weights import TINY
 
-from .experiments import BASE, Run
+from .experiments import BASE, Run, run_name
 from .rendered import Rendered
 
 
@@ -83,14 +83,15 @@ def make_start(seed: int, plan: Plan, work: Path, say: Callable[[str], None]) ->
 
 def _trained(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
     weights = make_start(seed, plan, work, say)
-    folder = weights.parents[1] / f"steps={plan.steps}" / f"{run.name},seed={seed}"
-    path = _fit(folder, run.model, seed, plan, plan.steps, str(weights), work, say)
+    steps = run.times * plan.steps
+    folder = weights.parents[1] / f"steps={steps}" / f"{run_name(**run.model)},seed={seed}"
+    path = _fit(folder, run.model, seed, plan, steps, str(weights), work, say)
     model = EVAD(read_config(path)).to(plan.device)
     load_checkpoint(model, path)
     model.config = dataclasses.replace(model.config, action_loss_weight=EVADConfig().action_loss_weight)
     return {
         "model": {**BASE, **plan.model, **run.model},
-        "steps": plan.steps,
+        "steps": steps,
         "start_steps": plan.start_steps,
         "batch_size": plan.batch_size,
         "precision": "bfloat16",
