@@ -36,6 +36,7 @@ def captured(function: Callable[[], object]) -> Callable[[], None]:
         for _ in range(2):
             function()
     stream.synchronize()
+    torch.cuda.empty_cache()  # a graph has memory of its own: it cannot take what those calls left
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         function()

@@ -1,5 +1,6 @@
 """The benchmarks' machinery: goals, memory, tables. The benchmarks themselves run with `pytest --benchmark`."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -114,6 +115,29 @@ def test_rows_say_what_no_graph_holds(monkeypatch):
     functions["ours"] = lambda: "refuses"  # then nothing is a replay: plain calls are compared with plain calls
     plain, launched = here._several(functions, (), True)
     assert list(launched) == ["ours"] and plain["graph"](1) == "graph" and "ours, launched" not in plain
+
+
+def build_slow_rivals(device, seconds):
+    def sleep(of):
+        return lambda: time.sleep(of)
+
+    return Contestants(sleep(seconds), {"mask": sleep(4 * seconds), "gone": "why"}, lambda: None, None, ("mask",))
+
+
+def test_a_row_of_a_gpu(monkeypatch):
+    here = contest(monkeypatch, device="cuda", _stream=contextlib.nullcontext)
+    monkeypatch.setattr(_harness, "captured", lambda function: lambda: None)
+    monkeypatch.setattr(_harness, "bytes_on_gpu", lambda function: 100)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    goals = Goal("speed-up", 2, "mask"), Goal("speed-up", 2, "gone"), Goal("memory", 2, "mask")
+    here.run("an op", "case", build_slow_rivals, {"seconds": 5e-3}, goals=goals, memory_of=("ours", "mask"))
+    (found,) = here.rows
+    assert found["launched"] == {"mask": "waits for the device"} and found["unavailable"] == {"gone": "why"}
+    ms = {name: of["ms"] for name, of in found["times"].items()}
+    assert ms.keys() == {"ours", "mask", "ours, launched"} and ms["ours, launched"] >= 5
+    assert found["goals"][0]["reached"] == pytest.approx(ms["mask"] / ms["ours, launched"], rel=1e-3)
+    assert found["goals"][1] == {"goal": "at least 2x gone", "reached": None, "met": False}
+    assert found["goals"][2]["reached"] == 1 and json.loads(json.dumps(found)) == found
 
 
 def test_reports_say_what_no_graph_holds():
