@@ -11,9 +11,10 @@ import pytest
 import torch
 from triton.runtime import JITFunction
 
-from benchmarks import _harness, gpu_check, profile_kernels, report, tune_keyframe_attention
+from benchmarks import _harness, bench_evad, gpu_check, profile_kernels, report, tune_keyframe_attention
 from benchmarks._harness import Contestants, Goal, measure_memory
 from benchmarks.ceilings import Ceilings, Work
+from evad import EVAD, EVADConfig
 from evad_kernels import keyframe_attention_tuning as tuning
 
 
@@ -465,3 +466,16 @@ def test_measured_tiles_leave_the_others_as_they_are():
     assert table[90, 4] == tuning.TABLE[90, 4] and table[90, 2]["key"] == tuning.TABLE[90, 2]["key"]
     unknown = tune_keyframe_attention.table_with({(2, "key", 64, 0): best}, 103)
     assert (0, 64, tuple(best)) in unknown[103, 2]["key"] and unknown[103, 2]["score"] == tuning.TABLE[100, 2]["score"]
+
+
+def test_the_largest_batch_leaves_a_tenth_of_the_memory(monkeypatch):
+    weights = 16 * sum(parameter.numel() for parameter in EVAD(EVADConfig.tiny()).parameters())
+    called = []
+    contestants = SimpleNamespace(rivals={"eager": lambda: called.append("step")})
+    gpu = SimpleNamespace(total_memory=weights + 1_000_000_000)
+    monkeypatch.setattr(bench_evad, "build_training", lambda *_, **__: contestants)
+    monkeypatch.setattr(bench_evad, "peak_megabytes", lambda step: (weights + 2 * 10_000_000) / 1e6)  # 10 MB a clip
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert bench_evad.largest_batch("cuda", "tiny", (96, 96), "float32") == 90
+    assert called == ["step"]
