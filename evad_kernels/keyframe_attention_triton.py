@@ -818,8 +818,8 @@ def shipped_rest(architecture: int) -> Iterator[Launch]:
             yield from recorded(architecture, _all_kernels, dtype, 784, D)
 
 
-def _all_kernels(dtype: torch.dtype, N: int, D: int) -> None:
-    qkv = torch.empty(8, N, 3, 12, D, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
+def _all_kernels(dtype: torch.dtype, N: int, D: int, B: int = 8, H: int = 12) -> None:
+    qkv = torch.empty(B, N, 3, H, D, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)
     num_keyframe, num_select = N // 8, N // 2
     output, importance, lse, index = forward_topk(*qkv, num_keyframe, num_select, 4.0, D**-0.5)
     for grad_importance in (None, importance):

@@ -1,4 +1,4 @@
-"""scatter_tokens in Triton: forward one launch, backward two, one more for the gradient of a fill.
+"""scatter_tokens in Triton: forward one launch, backward two, with a fill's gradient three (of one row: four).
 
 Forward: a program owns a range of cells of one sample. It inverts the positions for its range (_cells_triton.py), then
 writes each of its rows once, from the token or the fill. Reads K C + dropped C elements, writes cells C; the positions

@@ -119,23 +119,59 @@ def test_attention_of_any_type_and_width_compiles_without_spills(architecture, r
 
 
 def compile_triton(module, architecture, function, record_property):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(TESTS / "compile_triton.py"), module, str(architecture), function],
-        capture_output=True,
-        text=True,
-        env=environment | {"PYTHONPATH": str(TESTS.parent)},
-    )
-    assert run.returncode == 0, run.stderr
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    kernels = triton_script("compile_triton.py", module, architecture, function)
     assert kernels
     record_property("table", table(kernels))
     major, minor = (int(part) for part in version("triton").split(".")[:2])
     assert_no_spills(kernels, SPILLS_OF_OLD_TRITON if (major, minor) < (3, 9) else None)
     if module == "keyframe_attention_triton" and architecture == 90 and function == "shipped":
-        units = {k["matrix"] for k in kernels}
-        assert "HGMMA" in units and "HMMA" not in units, units  # wgmma, never Ampere's mma
+        for k in kernels:  # wgmma, never Ampere's mma, where anything is multiplied
+            multiplies = not re.search("importance_kernel|rows_kernel|grad_output=None grad_importance=None", k["name"])
+            assert k["matrix"] == "HGMMA" * multiplies, k
     return kernels
+
+
+def triton_script(*arguments):
+    """A script of tests/ where kernels are not interpreted: the JSON lines it prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": str(TESTS.parent)},
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+LAUNCHED = {  # in Triton, beside what torch does
+    "keyframe_attention": 3,
+    "select_tokens": 1,
+    "select_tokens_with_slots": 1,
+    "gather_tokens": 1,
+    "gather_tokens, backward": 1,
+    "scatter_tokens": 1,
+    "scatter_tokens, backward": 2,
+    "scatter_tokens, backward of cells": 3,
+    "scatter_tokens, backward of one row": 4,
+    "roi_align_3d": 3,
+    "roi_align_3d, backward": 3,
+    "roi_pool_3d": 3,
+    "roi_pool_3d, backward": 3,
+    "pyramid_roi_align": 2,
+    "pyramid_roi_align, backward": 2,
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_launches_are_few_and_sizes_share_them():
+    """What the heads of the modules say of launches; and a new size compiles nothing, a new range of sizes aside."""
+    calls = {row["call"]: row for row in triton_script("record_triton.py")}
+    assert {name: len(calls[name]["kernels"]) for name in LAUNCHED} == LAUNCHED
+    # Positions have no channels: what lies between samples is a multiple of 16 or is not, and is compiled for both.
+    assert {name for name, row in calls.items() if row["more"]} == {"gather_tokens of positions"}
+    assert calls["gather_tokens of positions"]["more"] == 1
 
 
 LAUNCHES = (
