@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import plots
 from benchmarks.ceilings import Ceilings
 
 ROOT = Path(__file__).parent.parent
@@ -111,9 +112,18 @@ def identity_order(rows: dict):
 
 
 def load() -> list[dict]:
-    """Every machine's file, and the name of its plot where there is one."""
-    plots = {path.stem: {"plot": path.name} for path in RESULTS.glob("*.png")}
-    return [json.loads(path.read_text()) | plots.get(path.stem, {}) for path in sorted(RESULTS.glob("*.json"))]
+    """Every machine's file, and the names of its plots that there are."""
+    results = []
+    for path in sorted(RESULTS.glob("*.json")):
+        files = {name: file.name for name, file in plot_files(path).items() if file.exists()}
+        results.append(json.loads(path.read_text()) | {"plots": files})
+    return results
+
+
+def plot_files(path: Path) -> dict[str, Path]:
+    """Where the plots of a machine's file lie."""
+    endings = {"attention": "", "harvest": "-harvest", "training": "-training"}
+    return {name: path.with_name(f"{path.stem}{ending}.png") for name, ending in endings.items()}
 
 
 # Tables
@@ -229,11 +239,10 @@ def tables(results: list[dict], headlines: bool) -> str:
         commits = sorted({f"{row['commit']} ({row['date']})" for row in rows})
         parts.append(heading(result["machine"]))
         parts.append(table([row for row in rows if row["headline"] or not headlines], columns))
-        if "plot" in result:
-            folder = f"{RESULTS.relative_to(ROOT)}/" if headlines else ""
-            parts.append(
-                f"![keyframe_attention_topk: time against tokens, peers and the floor]({folder}{result['plot']})"
-            )
+        folder = f"{RESULTS.relative_to(ROOT)}/" if headlines else ""
+        parts += picture(
+            result, "attention", "keyframe_attention_topk: time against tokens, peers and the floor", folder
+        )
         if not headlines and (lines := agreements(rows)):
             parts.append("Agreement with the unpatched model (random weights: no accuracy):")
             parts.append("\n".join(f"* {line}" for line in lines))
@@ -245,6 +254,10 @@ def tables(results: list[dict], headlines: bool) -> str:
                 parts += [title, "\n".join(f"* {line}" for line in lines)]
         parts.append(f"{outcome(rows)}\n\nCommit measured: {', '.join(commits)}.")
     return "\n\n".join(parts)
+
+
+def picture(result: dict, name: str, words: str, folder: str = "") -> list[str]:
+    return [f"![{words}]({folder}{result['plots'][name]})"] if name in result.get("plots", {}) else []
 
 
 def with_tables(readme: str, results: list[dict]) -> str:
@@ -409,81 +422,51 @@ def training_table(rows: list[dict]) -> str:
     return f"{lines_of(head, body)}\n\nMemory: {by}. The paper saves {theirs} at keep rate 0.7 (Fig. 8, GPU)."
 
 
+def harvest_curve(row: dict) -> plots.Curve:
+    times, gflops = milliseconds(row), row["details"]["gflops"]
+    return (
+        row["case"],
+        {rate: times["1.0"] / ms for rate, ms in times.items()},
+        {rate: gflops["1.0"] / gflops[rate] for rate in times},
+    )
+
+
+def training_curve(row: dict) -> plots.Curve:
+    memory = {name.removeprefix("rate "): value for name, value in row["details"]["training_mb"].items()}
+    times = milliseconds(row)
+    rates = [rate for rate in times if rate in memory and "1.0" in memory]
+    return row["case"], {rate: memory[rate] for rate in rates}, {rate: times[rate] for rate in rates}
+
+
+def detector_rows(result: dict) -> tuple[list[dict], list[dict]]:
+    """Rows of the detector's inference, and of its training."""
+    rows = [row for row in result["rows"] if "details" in row]
+    return tuple([row for row in rows if key in row["details"]] for key in ("ms_by_part", "training_mb"))
+
+
+def draw_plots(result: dict, path: Path) -> None:
+    """The plots of a machine's file, beside it."""
+    files, (inference, training) = plot_files(path), detector_rows(result)
+    plots.attention(result["rows"], files["attention"])
+    plots.harvest(map(harvest_curve, inference), files["harvest"])
+    plots.training(map(training_curve, training), PAPER_TRAINING_SAVED, files["training"])
+
+
 def detector_tables(result: dict) -> str:
     """Markdown of what bench_evad.py measured on a machine; empty where it has not."""
-    rows = [row for row in result["rows"] if "details" in row]
-    inference = [row for row in rows if "ms_by_part" in row["details"]]
-    training = [row for row in rows if "training_mb" in row["details"]]
+    inference, training = detector_rows(result)
     parts = []
     if inference:
         peaks = result["machine"]["ceilings"]
         parts += ["### The detector by keep rate", harvest_table(inference)]
+        parts += picture(result, "harvest", "speed-up by keep rate, and as operations go")
         parts += ["### Its parts", parts_table(inference, peaks)]
     if inference and (tables := paper_tables(inference)):
         parts += ["### The paper's tables", tables]
     if training:
         parts += ["### Training", training_table(training)]
+        parts += picture(result, "training", "memory and time of a training step by keep rate")
     return "\n\n".join([f"## {result['machine']['hardware']}", *parts]) if parts else ""
-
-
-# The plot
-
-
-def plot(result: dict, path: Path) -> None:
-    """Time of keyframe_attention_topk against the number of tokens, with its floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    pattern = re.compile(r"(\w+) N(\d+) B(\d+)$")
-    of_op = [row for row in result["rows"] if row["op"] == "keyframe_attention_topk"]
-    found = [(match[1], int(match[2]), int(match[3]), row) for row in of_op if (match := pattern.match(row["case"]))]
-    if not found:
-        return
-    compiled = {row["case"]: row["times"] for row in result["rows"] if row["op"].endswith("beside compilers")}
-    batches = [batch for _, _, batch, _ in found]
-    batch = max(batches, key=lambda batch: (batches.count(batch), batch))  # the one with most lengths
-    rows = [(dtype, N, row) for dtype, N, of_batch, row in found if of_batch == batch]
-    lengths = {dtype: len({N for name, N, _ in rows if name == dtype}) for dtype, _, _ in rows}
-    dtypes = sorted(dtype for dtype, number in lengths.items() if number > 1 or number == max(lengths.values()))
-    figure, axes = plt.subplots(1, len(dtypes), figsize=(2.6 + 3.7 * len(dtypes), 3.8), sharey=True, squeeze=False)
-    styles = {
-        "ours": {"color": "#c0392b", "linewidth": 2.5, "marker": "o"},
-        "eager": {"color": "#7f8c8d", "marker": "s"},
-        "SDPA + column sum": {"color": "#2980b9", "marker": "^"},
-        "SDPA flash + flash-colreduce": {"color": "#2980b9", "marker": "^"},
-        "SDPA cudnn + flash-colreduce": {"color": "#8e44ad", "marker": "^"},
-        "FlexAttention, roles swapped": {"color": "#27ae60", "marker": "D"},
-        "SDPA alone": {"color": "#2980b9", "linestyle": "--", "marker": "v"},
-        "SDPA flash alone": {"color": "#2980b9", "linestyle": "--", "marker": "v"},
-        "SDPA cudnn alone": {"color": "#8e44ad", "linestyle": "--", "marker": "v"},
-    }
-    for axis, dtype in zip(axes[0], dtypes, strict=True):
-        chosen = sorted((N, row) for name, N, row in rows if name == dtype)
-        for name, style in styles.items():
-            times = [(N, compiled.get(row["case"], {}) | row["times"]) for N, row in chosen]
-            points = [(N, of_row[name]["ms"]) for N, of_row in times if name in of_row]
-            label = {"ours": "keyframe_attention_topk"}.get(name, name.replace("alone", "alone (no importance)"))
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label, **style)
-        axis.plot(
-            [N for N, _ in chosen],
-            [row["floor"]["ms"] for _, row in chosen],
-            color="black",
-            linestyle=":",
-            label="floor",
-        )
-        axis.set(xscale="log", yscale="log", title=dtype, xlabel="tokens")
-        axis.set_xticks([N for N, _ in chosen], [str(N) for N, _ in chosen])
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(f"ms (12 heads of 64, batch {batch})")
-    figure.tight_layout()
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
 
 
 def all_tables(results: list[dict]) -> str:
@@ -496,7 +479,7 @@ def all_tables(results: list[dict]) -> str:
 def update() -> None:
     """The plots, the README's tables and those beside the results, from what lies in results/."""
     for path in RESULTS.glob("*.json"):
-        plot(json.loads(path.read_text()), path.with_suffix(".png"))
+        draw_plots(json.loads(path.read_text()), path)
     readme, results = ROOT / "README.md", load()
     readme.write_text(with_tables(readme.read_text(), results))
     if results:

@@ -316,6 +316,28 @@ def test_plots_are_shown_where_they_exist(tmp_path, monkeypatch):
     assert 2_000 < (report.RESULTS / "with.png").stat().st_size < 200_000
 
 
+def test_plots_of_the_detector_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    report.RESULTS.mkdir()
+    gflops = {"1.0": 4.0, "0.7": 3.0, "0.5": 2.0}
+    times = {"rate 1.0": {"ms": 9.0}, "ours": {"ms": 7.0}, "rate 0.5": {"ms": 5.0}, "eager": {"ms": 20.0}}
+    memory = {"rate 1.0": 100.0, "rate 0.7": 60.0, "eager": 300.0}
+    measured = {"case": "tiny", "times": times, "details": {"ms_by_part": {}, "gflops": gflops}}
+    trained = {"case": "tiny", "times": times, "details": {"training_mb": memory}}
+    assert report.harvest_curve(measured) == (
+        "tiny",
+        {"1.0": 1.0, "0.7": 9 / 7, "0.5": 9 / 5},
+        {"1.0": 1.0, "0.7": 4 / 3, "0.5": 2.0},
+    )
+    assert report.training_curve(trained) == ("tiny", {"1.0": 100.0, "0.7": 60.0}, {"1.0": 9.0, "0.7": 7.0})
+    result, path = {"rows": [{"op": "EVAD"} | measured, {"op": "EVAD"} | trained]}, report.RESULTS / "machine.json"
+    report.draw_plots(result, path)
+    assert {file.name for file in report.RESULTS.glob("*.png")} == {"machine-harvest.png", "machine-training.png"}
+    path.write_text(json.dumps(result))
+    assert report.load()[0]["plots"] == {"harvest": "machine-harvest.png", "training": "machine-training.png"}
+
+
 def test_result_tables_are_generated_from_the_results():
     path = report.RESULTS / "README.md"
     assert (path.read_text() if path.exists() else None) == (
