@@ -5,6 +5,7 @@ python record_triton.py    without TRITON_INTERPRET; needs no GPU
 
 import itertools
 import json
+import math
 
 import torch
 
@@ -58,9 +59,9 @@ def scatter_backward(cells, B=8, fill_ndim=0):
     scatter.backward(empty(B, cells, 384), indices(B, cells // 3), fill_ndim)
 
 
-def on_grid(forward, result, backward=False, B=8, n=100, C=384):
+def on_grid(forward, result, backward=False, grid=(8, 14, 14), B=8, n=100, C=384):
     """``forward``, and of which ``result`` is the backward: (samples, None) or (pooled, largest)."""
-    grid, cells = (8, 14, 14), 8 * 14 * 14
+    cells = math.prod(grid)
     boxes = indices(B, cells // 3), empty(B * n, 4, dtype=torch.float32), None, grid, (7, 7), 1 / 16, 2, True
     inputs = empty(B, cells // 3, C), None, *boxes
     if backward:
@@ -69,16 +70,18 @@ def on_grid(forward, result, backward=False, B=8, n=100, C=384):
         forward(*inputs)
 
 
-def aligned(backward=False):
-    on_grid(roi.align, lambda *inputs: (_align_fake(*inputs), None), backward)
+def aligned(*size):
+    on_grid(roi.align, lambda *inputs: (_align_fake(*inputs), None), *size)
 
 
-def pooled(backward=False):
-    on_grid(lambda *inputs: roi.pool(*inputs, True), lambda *inputs: _pool_fake(*inputs, True), backward)
+def pooled(*size):
+    on_grid(lambda *inputs: roi.pool(*inputs, True), lambda *inputs: _pool_fake(*inputs, True), *size)
 
 
-def on_pyramid(backward=False, B=8, n=100):
-    levels = [empty(B, 256, size, size).to(memory_format=torch.channels_last) for size in (56, 28, 14, 7)]
+def on_pyramid(backward=False, finest=(56, 56), B=8, n=100):
+    h, w = finest
+    sizes = [(-(-h >> i), -(-w >> i)) for i in range(4)]
+    levels = [empty(B, 256, *size).to(memory_format=torch.channels_last) for size in sizes]
     corners, sampling = empty(B * n, 4, dtype=torch.float32), ([7, 7], 2, 224.0, 4, 2)
     strides = [4.0, 8.0, 16.0, 32.0]
     if backward:
@@ -88,6 +91,9 @@ def on_pyramid(backward=False, B=8, n=100):
     else:
         pyramid.forward(levels, corners, None, strides, *sampling)
 
+
+GRIDS = [((8, 14, 14),), ((8, 16, 9), 3, 1), ((7, 10, 16), 1, 1000)]  # grid, clips, boxes a clip
+LEVELS = [((56, 56),), ((64, 36), 3, 1), ((40, 48), 1, 1000)]  # finest level, clips, boxes a clip
 
 # name -> function, its arguments by size
 CALLS = {
@@ -106,12 +112,12 @@ CALLS = {
     "scatter_tokens, backward": (scatter_backward, [(1568,), (1571, 1), (4608, 3), (50, 2)]),
     "scatter_tokens, backward of one row": (lambda n, B=8: scatter_backward(n, B, 1), [(1568,), (1571, 1), (4608, 3)]),
     "scatter_tokens, backward of cells": (lambda n, B=8: scatter_backward(n, B, 2), [(1568,), (1571, 1), (4608, 3)]),
-    "roi_align_3d": (aligned, [()]),
-    "roi_align_3d, backward": (aligned, [(True,)]),
-    "roi_pool_3d": (pooled, [()]),
-    "roi_pool_3d, backward": (pooled, [(True,)]),
-    "pyramid_roi_align": (on_pyramid, [()]),
-    "pyramid_roi_align, backward": (on_pyramid, [(True,)]),
+    "roi_align_3d": (aligned, [(False, *size) for size in GRIDS]),
+    "roi_align_3d, backward": (aligned, [(True, *size) for size in GRIDS]),
+    "roi_pool_3d": (pooled, [(False, *size) for size in GRIDS]),
+    "roi_pool_3d, backward": (pooled, [(True, *size) for size in GRIDS]),
+    "pyramid_roi_align": (on_pyramid, [(False, *size) for size in LEVELS]),
+    "pyramid_roi_align, backward": (on_pyramid, [(True, *size) for size in LEVELS]),
 }
 
 if __name__ == "__main__":
