@@ -100,7 +100,8 @@ def load_checkpoint(model: EVAD, path: str | Path) -> LoadReport:
     Args:
         model: The detector; its parameters keep their dtype and device.
         path: A file of ``save_checkpoint``, a released EVAD checkpoint, a VideoMAE v1 or v2 checkpoint (pre-trained or
-            fine-tuned), or a folder of Hugging Face's VideoMAE. Pickles are read with ``weights_only=True``.
+            fine-tuned), a folder of Hugging Face's VideoMAE, or one of ``evad train``. Pickles are read with
+            ``weights_only=True``.
     Returns:
         ``LoadReport``.
     Raises:
@@ -239,7 +240,7 @@ def _is_loss_constant(key: str, tensor: Tensor, config: EVADConfig) -> bool:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file or folder; Hugging Face's keys as VideoMAE's, all others as they are."""
-    weights = _read_file(_hugging_face_file(path) if path.is_dir() else path)
+    weights = _read_file(_file(path))
     for wrapper in ("module.", "_orig_mod."):  # of DDP; of torch.compile, in files of VideoMAE v2
         if all(key.startswith(wrapper) for key in weights):
             weights = {key.removeprefix(wrapper): tensor for key, tensor in weights.items()}
@@ -256,9 +257,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} is broken, or holds more than weights and is not trusted: {error}"
-            ) from error
+            held = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # the rest is advice to trust the file
+            what = f" ({held[1]})" if held else ""
+            raise CheckpointError(f"{path} is broken, or holds more than weights{what} and is not trusted") from error
         except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} is not a checkpoint, or is truncated: {error}") from error
     for name in ("model", "module", "model_state", "state_dict"):
@@ -272,11 +273,21 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def _file(path: Path) -> Path:
+    """The file itself, or what a folder has: of Hugging Face, of a run or of one of its checkpoints."""
+    ours = path / "model.safetensors"
+    if path.is_dir() and not (path / "config.json").exists() and ours.is_file():
+        return ours
+    return _hugging_face_file(path) if path.is_dir() else path
+
+
 def _hugging_face_file(folder: Path) -> Path:
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not a Hugging Face model folder: config.json: {error}") from error
+        raise CheckpointError(
+            f"{folder} has no model.safetensors of a run, nor is it a Hugging Face model folder: config.json: {error}"
+        ) from error
     if config.get("model_type") != "videomae":
         raise CheckpointError(
             f"{folder} is a checkpoint of another model: {config.get('model_type')!r}, not 'videomae'"
@@ -302,6 +313,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _about(path: Path) -> dict | None:
     """What a file of save_checkpoint says of itself; None of another file."""
+    path = _file(path)
     if not _is_safetensors(path):
         return None
     with _open_safetensors(path) as file:

@@ -64,8 +64,8 @@ class Result(NamedTuple):
     steps: int
     started_at: int  # the step it was resumed from; 0 for a new run
     interrupted: bool
-    losses: dict[str, float]  # of the last step of this session
-    metrics: dict[str, float]  # of the last evaluation of this session
+    losses: dict[str, float]  # of the last step; rank 0 knows those of earlier sessions, too
+    metrics: dict[str, float]  # of the last evaluation, likewise
     weights: Path | None  # None where interrupted
 
 
@@ -156,7 +156,7 @@ class Trainer:
         self.optimizer = adamw(self.model, self.config, self.training.betas)
         self.step = self.started_at = self._resume()
         self.log = Log(self.folder, self.step) if self.rank == 0 else None
-        self.losses_now, self.metrics = {}, {}
+        self.losses_now, self.metrics = ({}, {}) if self.log is None else self.log.last()
 
     def fit(
         self,
@@ -388,6 +388,12 @@ class Trainer:
                 raise ValueError(
                     f"{self.folder} holds a run with {name} = {then!r}, not {current!r}: another folder begins anew"
                 )
+        if state["step"] > self.steps:
+            raise ValueError(
+                f"{self.folder} holds a run after {state['step'] / self.epoch_steps:.4g} epochs, more than "
+                f"training.epochs = {self.config.epochs}: another folder begins anew"
+            )
+        for name, then, current in differences:
             if self.rank == 0:
                 warnings.warn(f"{self.folder}: resumed with {name} = {current!r}, was {then!r}", stacklevel=3)
         # Loading fills in the optimizer's state by a step that must not change anything.
@@ -421,8 +427,8 @@ class Log:
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.steps, self.evaluations = folder / "log.csv", folder / "evaluation.csv"
-        for path in (self.steps, self.evaluations):
-            rows = [row for row in _read_rows(path) if int(row["step"]) <= step]
+        for path, numbers in ((self.steps, ("step",)), (self.evaluations, ("step", "epochs"))):
+            rows = [row for row in _whole_rows(path, numbers) if int(row["step"]) <= step]
             draft = path.with_name(f".{path.name}.draft")
             draft.unlink(missing_ok=True)
             _write_rows(draft, rows)
@@ -440,6 +446,13 @@ class Log:
         }
         _write_rows(self.steps, [row])
         self._show(row, "train")
+
+    def last(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Losses and metrics of the last rows."""
+        losses, metrics = ((_read_rows(path) or [{}])[-1] for path in (self.steps, self.evaluations))
+        losses = {name: value for name, value in losses.items() if name.startswith("loss_")}
+        metrics = {name: value for name, value in metrics.items() if name not in ("step", "epochs")}
+        return tuple({name: _number(value) for name, value in row.items() if value} for row in (losses, metrics))
 
     def has_evaluation(self, epochs: int) -> bool:
         return any(row["epochs"] == str(epochs) for row in _read_rows(self.evaluations))
@@ -466,6 +479,28 @@ def _read_rows(path: Path) -> list[dict]:
         return []
     with path.open(newline="") as file:
         return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _whole_rows(path: Path, numbers: Sequence[str]) -> list[dict]:
+    """The rows of a log whose columns ``numbers`` are whole numbers; a file that is no such log is set aside."""
+    try:
+        rows = _read_rows(path)
+        for row in rows:
+            for name in numbers:
+                int(row[name])
+        return rows
+    except (KeyError, ValueError, csv.Error) as error:
+        aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
+        path.replace(aside)
+        warnings.warn(f"{path} cannot be read ({error!r}): set aside as {aside.name}, a new one begins", stacklevel=2)
+        return []
 
 
 def _write_rows(path: Path, rows: Sequence[dict]) -> None:

@@ -290,7 +290,7 @@ class Untrusted:
 
 def test_rejects_pickles_with_code(tmp_path, capsys):
     torch.save({"model": released_state(model()), "extra": Untrusted()}, tmp_path / "evad.pth")
-    with pytest.raises(CheckpointError, match="not trusted"):
+    with pytest.raises(CheckpointError, match=r"holds more than weights \(.+\) and is not trusted$"):
         load_checkpoint(model(), tmp_path / "evad.pth")
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Untrusted()))
     with pytest.raises(CheckpointError):
@@ -301,7 +301,7 @@ def test_rejects_pickles_with_code(tmp_path, capsys):
 def test_rejects_missing_and_foreign_places(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_checkpoint(model(), tmp_path / "nowhere.pth")
-    with pytest.raises(CheckpointError, match=r"not a Hugging Face model folder: config\.json"):
+    with pytest.raises(CheckpointError, match=r"nor is it a Hugging Face model folder: config\.json"):
         load_checkpoint(model(), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(CheckpointError, match="checkpoint of another model: 'vit'"):

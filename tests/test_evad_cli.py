@@ -521,6 +521,30 @@ def test_rejects_checkpoint(capfd, tmp_path, checkpoint, kind):
     assert "--checkpoint" in line and str(path) in line
 
 
+def test_a_folder_is_a_checkpoint(capfd, tmp_path, checkpoint, short_video):
+    """A run's, or one of its snapshots."""
+    folder = tmp_path / "step_00000006"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(checkpoint.read_bytes())
+    arguments = ("--size", "48", "--device", "cpu", "--end", "0", "--no-video", "--json", "--out", tmp_path)
+    status, out, err = run(capfd, "detect", short_video, "--checkpoint", folder, *arguments)
+    assert status == 0, err
+    assert len(json.loads(out)["labels"]) == 3 and json.loads(out)["weights"] == str(folder)
+    line = rejected(capfd, "detect", BIKES, "--checkpoint", tmp_path, "--out", tmp_path)
+    assert f"--checkpoint: {tmp_path} has no model.safetensors of a run, nor is it" in line
+
+
+def test_a_list_with_a_byte_order_mark(capfd, tmp_path):
+    (tmp_path / "list.txt").write_text("none.mp4\n", encoding="utf-8-sig")
+    assert f"{tmp_path / 'none.mp4'}: no such file" in rejected(capfd, "detect", tmp_path / "list.txt", *TINY)
+
+
+def test_full_disk_names_the_folder(capfd, tmp_path, short_video):
+    (tmp_path / "two seconds.detections.csv").symlink_to("/dev/full")
+    status, _, err = run(capfd, "detect", short_video, "--end", "0", "--out", tmp_path, "--no-video", *TINY)
+    assert status == 2 and err.strip().endswith(f"evad detect: {tmp_path}: No space left on device")
+
+
 def test_partial_checkpoint_is_said(capfd, tmp_path, short_video):
     """An encoder alone, as VideoMAE has it: runs, and says that the rest is random."""
     model = EVAD(PRESET)

@@ -1,6 +1,7 @@
 """evad.data: AVA's format from videos and frames, released preprocessing, what is wrong said by file and line."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -105,10 +106,32 @@ def test_reads_back_what_synthetic_wrote(written):
 def test_writes_from_the_command_line(tmp_path, monkeypatch):
     words = ["--train", "1", "--val", "2", "--size", "32", "48", "--seed", "4"]
     monkeypatch.setattr(sys, "argv", ["evad.data", str(tmp_path), *words])
-    runpy.run_module("evad.data", run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("evad.data", run_name="__main__")
     assert len(list((tmp_path / "videos").iterdir())) == 3
     dataset = data.build(section(tmp_path), "val", EVADConfig.tiny(short_side=32))
     assert dataset[1].clip.shape == (3, 16, 32, 48)
+
+
+@pytest.mark.parametrize(
+    ("folder", "words", "message"),
+    [
+        ("file/below", [], "file/below"),
+        ("full", ["--train", "0", "--val", "1"], "val.csv: No space left|full: No space left"),
+        ("new", ["--train", "0", "--val", "0"], "--train and --val: there is no clip to write"),
+        ("new", ["--val", "-1"], "--val: must be a whole number at least 0, got '-1'"),
+    ],
+)
+def test_command_line_says_in_a_line_what_is_wrong(tmp_path, monkeypatch, capfd, folder, words, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "val.csv").symlink_to("/dev/full")
+    monkeypatch.setattr(sys, "argv", ["evad.data", str(tmp_path / folder), "--size", "32", "32", *words])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("evad.data", run_name="__main__")
+    err = capfd.readouterr().err.splitlines()
+    assert err[-1].startswith("python -m evad.data: ") and re.search(message, err[-1])
+    assert not (tmp_path / "new").exists()
 
 
 def test_frames_are_the_released_ones(tmp_path):

@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from evad import EVAD, EVADConfig, load_checkpoint, read_config
@@ -437,6 +439,43 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert fit(tmp_path, clips=Clips()).started_at == snapshot.state["step"]
 
 
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\0\0" * 30], ids=["columns", "binary"])
+@pytest.mark.parametrize("name", ["log", "evaluation"])
+def test_a_log_that_cannot_be_read_is_set_aside(tmp_path, name, content):
+    fit(tmp_path, micro_run(epochs=1), evaluate=lambda model: {"score": 1.0})
+    path = tmp_path / f"{name}.csv"
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"{name}.csv cannot be read .*: set aside as {name}.damaged.csv"):
+        assert fit(tmp_path, micro_run(epochs=2), evaluate=lambda model: {"score": 1.0}).started_at == 3
+    assert path.with_name(f"{name}.damaged.csv").read_bytes() == content
+    assert path.read_text().splitlines()[-1].startswith("6,")
+
+
+def test_finished_run_tells_its_numbers_again(tmp_path):
+    first = fit(tmp_path, evaluate=lambda model: {"score": 0.5, "nothing": math.nan})
+    again = fit(tmp_path, evaluate=lambda model: {"score": 0.0})
+    assert again.losses == pytest.approx(first.losses) and again.metrics == pytest.approx(first.metrics, nan_ok=True)
+
+
+def test_fewer_epochs_than_done_are_refused(tmp_path, recwarn):
+    fit(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run after 2 epochs, more than training.epochs = 1"):
+        fit(tmp_path, micro_run(epochs=1))
+    assert not [warning for warning in recwarn if "resumed with" in str(warning.message)]
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard", reason="writes what the package tensorboard reads")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit(tmp_path, micro_run(epochs=1), evaluate=lambda model: {"score": 0.5})
+    with pytest.warns(UserWarning, match="resumed with training.epochs"):
+        fit(tmp_path, evaluate=lambda model: {"score": 0.75})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss_total")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events.Scalars("evaluation/score")] == [0.5, 0.75]
+
+
 def test_infinite_gradient_stops(tmp_path):
     trainer = Trainer(micro_run(), Clips(), tmp_path)
     trainer.model.encoder.norm.weight.register_hook(lambda grad: grad * math.inf)
@@ -527,10 +566,48 @@ def test_two_processes_equal_one(tmp_path):
         assert (tmp_path / sharding / "evaluation.csv").read_text() == "step,epochs,rate\n3,1,0.7\n"
 
 
+def test_a_rank_that_stops_tells_why_and_the_other_does_not(tmp_path):
+    """One of four clips cannot be read, so one of two processes stops; the other has waited for it in a sum."""
+    rows = []
+    for clip in "abcd":
+        (tmp_path / clip).mkdir()
+        (tmp_path / clip / "0.png").write_bytes(b"no picture")
+        if clip != "c":
+            Image.new("RGB", (32, 32)).save(tmp_path / clip / "0.png")
+        rows.append(f"{clip},0,0.1,0.1,0.9,0.9,1,0")
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    data = {"name": "csv", "annotations": str(tmp_path / "train.csv"), "media": str(tmp_path)}
+    data |= {"labels": str(tmp_path / "labels.txt"), "short_side": 32}
+    training = {"epochs": 1, "batch_size": 4, "workers": 0, "evaluate_every": 0}
+    (tmp_path / "run.yaml").write_text(json.dumps({"model": MICRO, "training": training, "data": data}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    words = [sys.executable, "-m", "evad", "train", "--device", "cpu", "--config", str(tmp_path / "run.yaml"), "--out"]
+    started = [
+        subprocess.Popen(
+            [*words, str(tmp_path / "out")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], errors
+    assert "Traceback" not in "".join(errors)
+    broken = [f"{tmp_path / 'c' / '0.png'}: not a picture" in error for error in errors]
+    assert sorted(broken) == [False, True]
+    assert "another rank has stopped; what it said tells why" in errors[broken.index(False)]
+
+
 # The command
 
 
-def test_command_trains_and_goes_on(tmp_path, capfd):
+def test_command_trains_and_goes_on(tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
     tiny = [f"--set=model.{name}={value}" for name, value in MICRO.items() if name != "num_classes"]
     changes = [
         "training.epochs=1",
@@ -542,12 +619,17 @@ def test_command_trains_and_goes_on(tmp_path, capfd):
     command = ["train", "--device", "cpu", "--out", str(tmp_path), *tiny, *(f"--set={change}" for change in changes)]
     assert main([*command, "--json"]) == 0
     out, err = capfd.readouterr()
-    document = json.loads(out)
+    document = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert document["steps"] == 2 and document["started_at"] == 0 and "mAP@0.5" in document["metrics"]
-    assert "step 2/2, epoch 1, loss " in err
+    assert "step 2/2, epoch 1, loss " in err and "the package tensorboard is not installed" in err
     assert main(command) == 0
     out, err = capfd.readouterr()
     assert out.strip() == str(tmp_path / "model.safetensors") and "goes on after step 2" in err
+    written = (tmp_path / "config.yaml").read_text()
+    assert main([*command, "--json", "--set=training.learning_rate=1"]) == 0
+    again = json.loads(capfd.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert again["metrics"] == pytest.approx(document["metrics"]) and again["losses"] == document["losses"]
+    assert again["skipped"] == 0 and (tmp_path / "config.yaml").read_text() == written
     folder = tmp_path / "found"
     weights = str(tmp_path / "model.safetensors")
     assert main(["detect", str(BIKES), "--checkpoint", weights, "--out", str(folder), "--end", "0.5", "--json"]) == 0

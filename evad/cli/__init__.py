@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 PROGRAM = "evad"
@@ -63,8 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:  # parse_args would name the program without the command
         print(f"{command}: unrecognized arguments: {' '.join(unknown)} (try {command} -h)", file=sys.stderr)
         return 2
+    return guarded(command, lambda: args.run(args), getattr(args, "out", None))
+
+
+def guarded(command: str, run: Callable[[], int], folder: Path | None = None) -> int:
+    """The exit status of ``run``, which writes to ``folder``; what goes wrong becomes one line on stderr."""
     try:
-        return args.run(args)
+        return run()
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return 130
@@ -72,14 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except Exception as error:
-        message = _explain(error)
+        message = _explain(error, folder)
         if message is None:
             raise
         print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
         return 2
 
 
-def _explain(error: Exception) -> str | None:
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # errors of writing, which name no file
+
+
+def _explain(error: Exception, folder: Path | None) -> str | None:
     """What to tell the user, or None for an error that is ours."""
     import torch
 
@@ -89,7 +99,8 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, (CommandError, DataError, VideoError)):
         return str(error).rpartition(f"{type(error).__name__}: ")[2]  # from a worker process it comes with a traceback
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        place = error.filename or (folder if error.errno in _DISK else None)
+        return f"{place}: {error.strerror}" if place and error.strerror else str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
         return "out of memory: a smaller --size, --keep-rate or --model needs less"
     return None

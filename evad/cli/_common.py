@@ -8,6 +8,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -222,6 +223,9 @@ def read_labels(path: Path | None, num_classes: int, checkpoint: Path | None = N
     return labels
 
 
+PATIENCE = 5.0  # seconds before a rank that lost another one exits: torchrun takes the first to exit for the cause
+
+
 @contextlib.contextmanager
 def ranks(backend: str = "gloo") -> Iterator[tuple[int, int]]:
     """Join the processes that torchrun started; yields this one's rank and their number, (0, 1) where it runs alone."""
@@ -233,6 +237,12 @@ def ranks(backend: str = "gloo") -> Iterator[tuple[int, int]]:
     dist.init_process_group(backend)
     try:
         yield dist.get_rank(), dist.get_world_size()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        say(f"rank {dist.get_rank()}: another rank has stopped; what it said tells why")
+        time.sleep(PATIENCE)
+        raise SystemExit(2) from error
     finally:
         dist.destroy_process_group()
 

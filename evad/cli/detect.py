@@ -192,7 +192,7 @@ def _videos(words: list[str]) -> list[Path] | list[str]:
             paths += found
         elif path.suffix.lower() == ".txt" and path.is_file():
             try:
-                lines = path.read_text(encoding="utf-8").splitlines()
+                lines = path.read_text(encoding="utf-8-sig").splitlines()
             except UnicodeDecodeError as error:
                 raise CommandError(f"{path}: a list of videos must be UTF-8 text, one a line") from error
             paths += [path.parent / line.strip() for line in lines if line.strip()]

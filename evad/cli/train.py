@@ -117,7 +117,9 @@ def _describe(trainer) -> None:
 
     run, folder = trainer.run, trainer.folder
     document = json.loads(json.dumps(run.document()))  # tuples as lists
-    (folder / "config.yaml").write_text(yaml.safe_dump(document, sort_keys=False, width=120))
+    path = folder / "config.yaml"
+    if trainer.step < trainer.steps or not path.exists():  # else no step was, or will be, made with this one
+        path.write_text(yaml.safe_dump(document, sort_keys=False, width=120))
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     where = f"{trainer.device}, {trainer.world} ranks" if trainer.world > 1 else trainer.device
     say(
@@ -126,6 +128,8 @@ def _describe(trainer) -> None:
     )
     if trainer.started_at:
         say(f"evad train: goes on after step {trainer.started_at}")
+    if trainer.log.board is None:
+        say("evad train: no files for TensorBoard: the package tensorboard is not installed")
 
 
 @contextlib.contextmanager

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from ..cli import guarded
+from ..cli._common import number
 from .synthetic import Synthetic, write
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m evad.data", description=write.__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=200, metavar="N", help="clips of the split train [200]")
-    parser.add_argument("--val", type=int, default=50, metavar="N", help="clips of the split val [50]")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, nargs=2, default=(96, 96), metavar=("H", "W"), help="pixels [96 96]")
+    parser.add_argument("--train", type=number(int, 0), default=200, metavar="N", help="clips of the split train [200]")
+    parser.add_argument("--val", type=number(int, 0), default=50, metavar="N", help="clips of the split val [50]")
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    size = number(int, 16, 4096)
+    parser.add_argument("--size", type=size, nargs=2, default=(96, 96), metavar=("H", "W"), help="pixels [96 96]")
     args = parser.parse_args()
+    if not args.train + args.val:
+        parser.error("--train and --val: there is no clip to write")
+    return guarded(parser.prog, lambda: _write(args), args.folder)
+
+
+def _write(args: argparse.Namespace) -> int:
     for split, clips in (("train", args.train), ("val", args.val)):
-        if clips > 0:
+        if clips:
             write(Synthetic(split, clips=clips, seed=args.seed, fresh=False, size=tuple(args.size)), args.folder)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
