@@ -177,6 +177,10 @@ def hostile(dtype):
     }
 
 
+# Of so many boxes two bins of some are equal but for rounding, and either may be the largest: it has the gradient.
+NEARLY_EQUAL_BINS = ("roi_pool_3d, 8 frames", "roi_pool_3d, large frame", "roi_pool_3d, [R, 5]")
+
+
 def forms(dtype):
     """Name -> a small case of a form that ships and that no hostile case takes."""
     draw = Draw(dtype)
