@@ -506,6 +506,7 @@ class VideoWriter:
         self._stream.codec_context.time_base = Fraction(1, _TICKS)
         self._stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
         self._last = -1
+        self._whole = True
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -523,15 +524,23 @@ class VideoWriter:
         frame = frame.reformat(format="yuv420p", **_ONE_THREAD)
         self._last = max(self._last + 1, round(time * _TICKS))
         frame.pts, frame.time_base = self._last, Fraction(1, _TICKS)
-        self._container.mux(self._stream.encode(frame))
+        self._mux(frame)
+
+    def _mux(self, frame: av.VideoFrame | None) -> None:
+        packets = self._stream.encode(frame)
+        self._whole = False  # FFmpeg may crash if it is used again after a write that failed
+        self._container.mux(packets)
+        self._whole = True
 
     def close(self) -> None:
         if self._container is None:
             return
-        container, self._container = self._container, None
+        container = self._container
         try:
-            container.mux(self._stream.encode(None))
+            if self._whole:
+                self._mux(None)
         finally:
+            self._container = None
             container.close()
 
 

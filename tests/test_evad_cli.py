@@ -545,6 +545,14 @@ def test_full_disk_names_the_folder(capfd, tmp_path, short_video):
     assert status == 2 and err.strip().endswith(f"evad detect: {tmp_path}: No space left on device")
 
 
+def test_full_disk_of_the_video(tmp_path, short_video):
+    """In a process of its own: FFmpeg crashed when it was called after a header that could not be written."""
+    (tmp_path / "two seconds.annotated.mp4").symlink_to("/dev/full")
+    command = [sys.executable, "-m", "evad", "detect", str(short_video), "--end", "1", "--out", str(tmp_path), *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 2 and "annotated.mp4: No space left on device" in done.stderr
+
+
 def test_partial_checkpoint_is_said(capfd, tmp_path, short_video):
     """An encoder alone, as VideoMAE has it: runs, and says that the rest is random."""
     model = EVAD(PRESET)
