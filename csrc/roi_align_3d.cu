@@ -1,5 +1,5 @@
-// roi_pool_3d on a GPU. Launches: where each cell's token lies (cell_map.cu), the taps of all boxes (a thread a side of a
-// box), then one kernel each way; a backward that gives the gradient of the background adds partial sums in another.
+// roi_pool_3d on a GPU. Launches: where each cell's token lies (cell_map.cu), the taps of all boxes (a thread a side of
+// a box), then one kernel each way; a backward that gives the gradient of the background adds partial sums in another.
 //
 // Forward: a block owns an image, a panel of channels and some of the image's boxes. It brings kFrames frames of cells
 // on chip, lets each of its warps pool boxes over them, and goes on to the next frames. A lane has 4 bytes of channels

@@ -1,8 +1,8 @@
 // select_tokens and gather_tokens on a GPU.
 // select_tokens: one block a row. Radix selection, 8 bits a step: a histogram in shared memory, one warp finds the
 // digit. Then a stable compaction: ballots, and one scan over warps. Up to kThreads * kKeysPerThread keys stay in
-// registers (a row is read once, 4 M bytes); a longer row is read again for each step. Writes 8 num_select bytes, and 4 M
-// for the inverse map.
+// registers (a row is read once, 4 M bytes); a longer row is read again for each step. Writes 8 num_select bytes, and
+// 4 M for the inverse map.
 // Counts are integers, so the order in which threads arrive does not show.
 // gather_tokens: copy_rows (copy_rows.cuh); its backward too, except for a token that was kept more than once.
 #include "copy_rows.cuh"

@@ -68,7 +68,8 @@ def pyramid_roi_align_forward_kernel(
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     b = r // boxes_per_image if batch is None else tl.load(batch + r)
     mine = tl.load(level + r)
-    features, (stride_b, stride_c, stride_h, stride_w) = levels[0], strides[:4]
+    features = levels[0]
+    stride_b, stride_c, stride_h, stride_w = strides[0], strides[1], strides[2], strides[3]
     for index in tl.static_range(1, LEVELS):
         features = tl.where(mine == index, levels[index], features)
         stride_b = tl.where(mine == index, strides[4 * index], stride_b)
