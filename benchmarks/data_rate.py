@@ -23,6 +23,9 @@ from evad import data
 from evad.data import Synthetic, synthetic
 from evad.video import Video
 
+BATCH = 4
+PREFETCH = 2  # batches that a worker makes ahead
+
 
 def prepare(folder: Path, videos: int) -> None:
     """Write the videos, and their frames as pictures."""
@@ -36,11 +39,13 @@ def prepare(folder: Path, videos: int) -> None:
 
 
 def rate(dataset, workers: int, clips: int) -> float:
-    """Clips a second after the first batches, which wait for the processes to start."""
-    order = np.arange(clips) % len(dataset)
-    loader = DataLoader(dataset, 4, sampler=order.tolist(), num_workers=workers, collate_fn=data.collate)
-    batches = iter(loader)
-    for _ in range(max(1, workers)):
+    """Clips a second, of ``clips`` after the first batches: those wait for the processes to start, and while they do,
+    others are made ahead."""
+    ahead = 1 + PREFETCH * workers
+    order = np.arange(ahead * BATCH + clips) % len(dataset)
+    options = {"num_workers": workers, "prefetch_factor": PREFETCH if workers else None, "collate_fn": data.collate}
+    batches = iter(DataLoader(dataset, BATCH, sampler=order.tolist(), **options))
+    for _ in range(ahead):
         next(batches)
     begin, made = time.perf_counter(), 0
     for batch in batches:

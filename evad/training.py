@@ -499,7 +499,8 @@ def _whole_rows(path: Path, numbers: Sequence[str]) -> list[dict]:
     except (KeyError, ValueError, csv.Error) as error:
         aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
         path.replace(aside)
-        warnings.warn(f"{path} cannot be read ({error!r}): set aside as {aside.name}, a new one begins", stacklevel=2)
+        what = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{path} cannot be read ({what}): set aside as {aside.name}, a new one begins", stacklevel=2)
         return []
 
 

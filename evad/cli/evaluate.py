@@ -292,7 +292,9 @@ def _remark_people(path: Path | None, people: Mapping | None, results: Sequence)
     used = {found.key for found in results}
     total = sum(len(given.boxes) for given in people.values())
     unused = sum(len(given.boxes) for key, given in people.items() if key not in used)
-    if unused or not total:
+    if not total:
+        say(f"evad evaluate: {path}: has no box in it")
+    elif unused:
         say(f"evad evaluate: {path}: of {total} boxes, {unused} on no keyframe that was evaluated")
 
 
