@@ -384,7 +384,9 @@ class Trainer:
         if state["epoch_steps"] != self.epoch_steps:
             differences.append(("data: steps an epoch", state["epoch_steps"], self.epoch_steps))
         for name, then, current in differences:
-            if not name.startswith("training.") or name == "training.batch_size":
+            # A run that stopped at a bad clip may go on without it: what came before is the same.
+            changeable = name.startswith("training.") or name == "data.on_error"
+            if not changeable or name == "training.batch_size":
                 raise ValueError(
                     f"{self.folder} holds a run with {name} = {then!r}, not {current!r}: another folder begins anew"
                 )

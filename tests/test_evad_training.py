@@ -415,6 +415,14 @@ def test_another_models_folder_is_refused(tmp_path):
         fit(tmp_path, micro_run(epochs=1), Clips(8))
 
 
+def test_a_run_that_stopped_at_a_bad_clip_goes_on_without_it(tmp_path):
+    run = micro_run(epochs=1)
+    fit(tmp_path, run._replace(data={**run.data, "on_error": "fail"}))
+    again = micro_run(epochs=2)
+    with pytest.warns(UserWarning, match="resumed with data.on_error = 'skip', was 'fail'"):
+        assert fit(tmp_path, again._replace(data={**again.data, "on_error": "skip"})).started_at == 3
+
+
 def test_folder_in_use_is_refused(tmp_path):
     trainer = Trainer(micro_run(), Clips(), tmp_path)
     child = os.fork()
