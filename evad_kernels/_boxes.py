@@ -125,6 +125,11 @@ def positive(op: str, argument: str, value: float) -> float:
     return float(value)
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """``x`` / ``number``, rounded to nearest: by a Python number torch multiplies with its reciprocal on a GPU."""
+    return x / x.new_full((), number)
+
+
 def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, samples: int | None, aligned: bool) -> Tensor:
     """Weight of every cell of one axis in every bin of every box.
 
@@ -139,10 +144,11 @@ def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, samples: int |
     length = high - low
     if not aligned:
         length = length.clamp(min=1)
-    width = (length / bins)[..., None, None]
+    width = divided(length, bins)[..., None, None]
     bin_index = torch.arange(bins, device=low.device)[:, None]
-    count = taken = samples
-    if samples is None:
+    if samples is not None:
+        taken, count = samples, low.new_full((), samples)
+    else:
         taken = width.ceil().nan_to_num(1, 1, 1)  # none where a side has no length, as in torchvision
         count = taken.clamp(min=1)
         samples = int(count.max()) if count.numel() else 1

@@ -78,10 +78,11 @@ def pyramid_roi_align_reference(levels: Sequence[Tensor], boxes: Tensor | Sequen
 def level_of(corners: Tensor, *, first: int, count: int, canonical_size: float, canonical_level: int) -> Tensor:
     """Index among ``count`` levels, of which the finest is number ``first``, of each box [R, 4]: [R] int64.
 
-    A box that has no level (NaN) goes to the finest.
+    A box that has no level (NaN) goes to the finest. log2 in float64: in float32 a GPU's is approximate.
     """
     size = ((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])).sqrt()
-    number = torch.floor(canonical_level + torch.log2(size / canonical_size + EPSILON))
+    octave = torch.log2((_boxes.divided(size, canonical_size) + EPSILON).double()).to(size.dtype)
+    number = torch.floor(canonical_level + octave)
     return (number - first).nan_to_num(nan=0.0).clamp(0, count - 1).to(torch.int64)
 
 

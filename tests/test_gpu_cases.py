@@ -3,8 +3,10 @@
 import gpu_cases
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from evad_kernels import _backend, use_backend
+from evad_kernels import _backend, ops_compat, use_backend
+from evad_kernels.pyramid_roi_align import level_of
 
 GROUPS = {"cases": gpu_cases.cases, "hostile": gpu_cases.hostile, "forms": gpu_cases.forms}
 
@@ -57,3 +59,32 @@ def test_other_forms_of_boxes_and_fill(name):
 @pytest.mark.parametrize("op", gpu_cases.BOXES)
 def test_chance(op, seed):
     assert_equal(gpu_cases.chance(op, seed), 2e-4)
+
+
+class DividesLikeAGPU(TorchDispatchMode):
+    """On a GPU torch divides by a Python number by multiplying with its reciprocal: one more rounding."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.div.Tensor and not isinstance(args[1], torch.Tensor) and args[0].is_floating_point():
+            return args[0] * torch.tensor(1 / args[1], dtype=args[0].dtype)
+        return op(*args, **(kwargs or {}))
+
+
+def test_box_arithmetic_rounds_on_a_gpu_as_on_a_cpu():
+    """Where a sample lies, on which level, and how many there are: steps that one rounding decides."""
+    features = torch.randn(1, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[0.0, 0, 0, side, side] for side in range(1, 64)])
+    sides = torch.tensor([56.0, 112, 224, 448])[:, None] * (1 + torch.arange(-8, 9) * 2.0**-24)
+    corners = torch.nn.functional.pad(sides.flatten()[:, None].expand(-1, 2), (2, 0))
+    rule = {"first": 2, "count": 4, "canonical_level": 4}
+
+    def results():
+        yield from (ops_compat.roi_align(features, boxes, 7, sampling_ratio=-1, aligned=x) for x in (True, False))
+        yield ops_compat.roi_align(features, boxes, 7, sampling_ratio=3)
+        yield from (level_of(corners, canonical_size=size, **rule) for size in (224, 96))
+
+    with use_backend("reference"):
+        want = list(results())
+        with DividesLikeAGPU():
+            assert not torch.equal(boxes / 7, boxes / boxes.new_full((), 7))  # the mode works
+            assert all(map(torch.equal, results(), want))
