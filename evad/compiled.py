@@ -56,7 +56,8 @@ class Compiled:
         self._whole = engine != "eager"  # whether the number of clips is fixed, too
         self._graph = None
         if replays(self.device):
-            clips = torch.zeros(batch, *self.clip_shape, dtype=self.dtype, device=self.device)
+            with torch.inference_mode(False):  # else calls outside of inference mode could not write into it
+                clips = torch.zeros(batch, *self.clip_shape, dtype=self.dtype, device=self.device)
             self._graph = _Graph(self._run, clips)
 
     def __call__(self, clips: Tensor | Sequence[Tensor]) -> EVADOutput:
@@ -124,15 +125,13 @@ class _Graph:
     def __init__(self, function: Callable[[Tensor], tuple[EVADOutput, Scored]], clips: Tensor) -> None:
         self.clips, self.device, self.pool = clips, clips.device, _Pool.of(clips.device)
         with self.pool.lock, torch.cuda.device(self.device), torch.no_grad():
-            stream = self.pool.stream
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    function(clips)
-            stream.synchronize()
+            # Not on the stream of captures: so cuBLAS takes its workspace there in a capture, from the pool. Any other
+            # would be freed under this graph when torch.compile captures graphs of its own ("reduce-overhead").
+            for _ in range(WARM_UP):
+                function(clips)
             self.graph = torch.cuda.CUDAGraph()
-            # Other threads, that decode or pin memory, may go on.
-            with torch.cuda.graph(self.graph, self.pool.handle, stream, capture_error_mode="thread_local"):
+            # Waits for the device. Other threads, that decode or pin memory, may go on.
+            with torch.cuda.graph(self.graph, self.pool.handle, self.pool.stream, capture_error_mode="thread_local"):
                 self.results = function(clips)
 
     def replay(self, clips: Tensor | Sequence[Tensor]) -> tuple[EVADOutput, Scored]:
