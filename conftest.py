@@ -88,7 +88,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{count:6d}  {reason}")
 
 
-BROKEN_GPU = ("illegal memory access", "device-side assert", "unspecified launch failure", "misaligned address")
+BROKEN_GPU = (
+    "illegal memory access",
+    "illegal instruction",
+    "device-side assert",
+    "unspecified launch failure",
+    "misaligned address",
+)
 _broken = False  # what fails after such an error in the same process says nothing
 
 

@@ -51,6 +51,7 @@ BY_NAME_ONLY = {
     ("pyramid_roi_align", "triton"),
 }
 UNTESTED = "by name only: not yet tested on a GPU"
+NOT_IMPLEMENTED = "not implemented"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it, at the import of a kernel
 
@@ -169,7 +170,7 @@ def in_force(op: str, backends: Iterable[str]) -> str:
 def unavailable(op: str, backend: str) -> str | None:
     """Why ``backend`` cannot serve ``op`` here, or None."""
     if backend != "reference" and backend not in IMPLEMENTED[op]:
-        return "not implemented"
+        return NOT_IMPLEMENTED
     return MISSING[backend]
 
 

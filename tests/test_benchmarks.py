@@ -382,6 +382,42 @@ def test_a_stage_that_is_stopped_leaves_what_it_wrote_and_no_process(monkeypatch
     assert outcomes["missing"].startswith("failed to start") and outcomes["build"].startswith("ok")
 
 
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ("print('3 skipped in 1s')", "nothing ran"),
+        ("print('12 passed, 3 skipped in 1s')", "ok"),
+        ("print('1 failed, 12 passed'); exit(1)", "failed (1)"),
+    ],
+)
+def test_a_stage_whose_tests_were_all_skipped_has_not_passed(monkeypatch, tmp_path, script, outcome):
+    stage = gpu_check.Stage([sys.executable, "-c", script, "pytest"], 60)
+    monkeypatch.setitem(gpu_check.STAGES, "stage", stage)
+    assert gpu_check.run("stage", tmp_path / "log", tmp_path, time.monotonic() + 100).outcome == outcome
+
+
+def test_stages_are_asked_to_end_though_the_shell_began_the_check_in_the_background(tmp_path):
+    """A shell without job control has such a command ignore interrupts, and its children inherit that."""
+    script = (
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); from benchmarks import gpu_check\n"
+        "child = 'import time\\ntry: time.sleep(60)\\nexcept KeyboardInterrupt: print(\"asked\")'\n"
+        "gpu_check.GRACE, gpu_check.GROUPS = 5, {'attention': ['waits']}\n"
+        "gpu_check.STAGES = {'waits': gpu_check.Stage([sys.executable, '-c', child], 6)}\n"
+        f"sys.argv = ['gpu_check', '--out', {str(tmp_path)!r}, 'waits']\n"
+        "gpu_check.main()"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=report.ROOT, check=True, capture_output=True)
+    assert (tmp_path / "report.txt").read_text().rstrip().endswith("asked")
+
+
+def test_what_comes_back_are_measurements_not_pictures(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    for path in ("benchmarks/results/gpu.json", "benchmarks/results/cpu.png", "evad_kernels/op_tuning.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    assert {path.name for path in gpu_check.rewritten(0)} == {"gpu.json", "op_tuning.py"}
+
+
 @pytest.mark.parametrize(("kernel", "outcome"), [("at::fill_kernel", "ok, ours at least"), ("evad::f", "failed (9)")])
 def test_errors_of_kernels_that_are_not_ours_do_not_count(monkeypatch, tmp_path, kernel, outcome):
     said = f"========= Uninitialized __global__ memory read\n=========     at void {kernel}<int>(int)+0x10"

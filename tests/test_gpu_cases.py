@@ -88,3 +88,10 @@ def test_box_arithmetic_rounds_on_a_gpu_as_on_a_cpu():
         with DividesLikeAGPU():
             assert not torch.equal(boxes / 7, boxes / boxes.new_full((), 7))  # the mode works
             assert all(map(torch.equal, results(), want))
+
+
+def test_a_backend_that_is_missing_is_no_success(monkeypatch, capsys):
+    monkeypatch.setitem(_backend.MISSING, "cuda", "built without nvcc")
+    assert gpu_cases.main("cuda", "keyframe_attention") == 0  # that has no CUDA kernel anywhere
+    assert gpu_cases.main("cuda", "keyframe_attention", "select_tokens") == 1
+    assert "select_tokens: backend cuda: built without nvcc" in capsys.readouterr().out
