@@ -199,9 +199,10 @@ GROUPS = RIGHT | {
 def environment(stage: Stage) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     where = os.pathsep.join([str(Path(PYTHON).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
-    return (
-        os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths), "PATH": where} | stage.environment
-    )
+    ours = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths), "PATH": where}
+    if stage.beside:  # thirty processes would each have a thread a core, and spin while these wait for one
+        ours["OMP_NUM_THREADS"] = "1"
+    return os.environ | ours | stage.environment
 
 
 def run(name: str, log: Path, out: Path, end: float) -> Result:

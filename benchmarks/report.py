@@ -409,11 +409,12 @@ def training_table(rows: list[dict]) -> str:
                 memory = memory | {f"rate {name}": memory[rival]}
                 fit = fit | {f"rate {name}": fit[rival]} if fit else fit
         for rate, ms in times.items():
-            case, megabytes = row["case"] if rate == "1.0" else "", memory.get(f"rate {rate}")
+            case, megabytes = row["case"] if rate == next(iter(times)) else "", memory.get(f"rate {rate}")
             of_memory = "", ""  # it did not fit
             if megabytes is not None and "rate 1.0" in memory:
                 of_memory = number(megabytes), f"{1 - megabytes / memory['rate 1.0']:.0%}"
-            line = (case, rate, number(ms), f"{1 - ms / times['1.0']:.0%}", *of_memory)
+            saved = f"{1 - ms / times['1.0']:.0%}" if "1.0" in times else ""
+            line = (case, rate, number(ms), saved, *of_memory)
             body.append((*line, fit.get(f"rate {rate}", "")) if fit else line)
     theirs = ", ".join(f"{saved:.0%} of {what}" for what, saved in PAPER_TRAINING_SAVED.items())
     by = rows[0]["details"]["mb_by"]
@@ -434,7 +435,7 @@ def harvest_curve(row: dict) -> plots.Curve:
 def training_curve(row: dict) -> plots.Curve:
     memory = {name.removeprefix("rate "): value for name, value in row["details"]["training_mb"].items()}
     times = milliseconds(row)
-    rates = [rate for rate in times if rate in memory and "1.0" in memory]
+    rates = [rate for rate in times if rate in memory and "1.0" in memory and "1.0" in times]
     return row["case"], {rate: memory[rate] for rate in rates}, {rate: times[rate] for rate in rates}
 
 

@@ -268,6 +268,9 @@ def test_detector_tables_show_the_harvest_and_the_papers_numbers():
     assert "Table 3, resolutions" in text and "Table 4" not in text
     assert "|  | 0.7 | 200 | 33% | 60.0 | 40% |" in text
     assert "|  | 0.7, plain PyTorch | 500 | -67% | 240 | -140% |" in text
+    del training["times"]["rate 1.0"], memory["rate 1.0"]  # did not fit
+    text = report.detector_tables({"machine": machine, "rows": [training]})
+    assert "| step | 0.7 | 200 |  |  |  |" in text and report.training_curve(training) == ("step", {}, {})
     assert report.detector_tables({"machine": machine, "rows": [row("a", 1.0, 3.0, True)]}) == ""
 
 
