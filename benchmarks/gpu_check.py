@@ -82,6 +82,9 @@ OUT = "{out}"  # in a command: the report's folder
 WANTED = ("torchvision", "flash_colreduce", "transformers", "av", "xdist", "pytest_timeout")
 
 
+_running: set[subprocess.Popen] = set()
+
+
 class Stage(NamedTuple):
     command: list[str]
     seconds: int
@@ -220,6 +223,7 @@ def run(name: str, log: Path, out: Path, end: float) -> Result:
         except OSError as error:
             output.write(str(error))
             return Result(name, "failed to start", 0.0)
+        _running.add(process)
         try:
             status = process.wait(timeout=seconds)
             outcome = "ok" if status == 0 else f"failed ({status})"
@@ -228,15 +232,28 @@ def run(name: str, log: Path, out: Path, end: float) -> Result:
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=GRACE)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the stage's own session: workers that were left
+        kill(process)
         process.wait()
+        _running.discard(process)
     text = log.read_text(errors="replace")
     if outcome == f"failed ({ERRORS})" and stage.blamed and not re.search(stage.blamed, text):
         outcome = "ok, ours at least"
     if outcome == "ok" and "pytest" in stage.command and not re.search(r"\b\d+ passed\b", text):
         outcome = "nothing ran"  # every test was skipped
     return Result(name, outcome, time.monotonic() - begin)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """All that a stage left: it has a session of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def end_at_once(*_) -> None:
+    """Whoever stops this measures next, perhaps: no stage goes on. The report is some seconds old."""
+    for process in tuple(_running):
+        kill(process)
+    os._exit(128 + signal.SIGTERM)
 
 
 def summary(log: Path) -> str:
@@ -313,6 +330,7 @@ def main() -> int:
 
     # Where a shell began this in the background it is ignored, and stages would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, end_at_once)
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     started, end = time.time(), time.monotonic() + 60 * arguments.minutes

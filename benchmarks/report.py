@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
@@ -51,6 +52,7 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+@functools.cache  # nvidia-smi takes most of a second, and every row is written at once
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -96,8 +98,9 @@ def record(rows: list[dict], ceilings: Ceilings) -> Path:
     merged = {identity(row): row for row in kept} | fresh
     path.parent.mkdir(exist_ok=True)
     lines = ",\n".join("    " + json.dumps(row) for row in sorted(merged.values(), key=identity_order(merged)))
-    path.write_text(f'{{\n  "machine": {json.dumps(here)},\n  "rows": [\n{lines}\n  ]\n}}\n')
-    return path
+    draft = path.with_suffix(".draft")  # whoever stops this leaves a whole file
+    draft.write_text(f'{{\n  "machine": {json.dumps(here)},\n  "rows": [\n{lines}\n  ]\n}}\n')
+    return draft.replace(path)
 
 
 def identity(row: dict) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -399,18 +400,36 @@ def test_a_stage_whose_tests_were_all_skipped_has_not_passed(monkeypatch, tmp_pa
     assert gpu_check.run("stage", tmp_path / "log", tmp_path, time.monotonic() + 100).outcome == outcome
 
 
-def test_stages_are_asked_to_end_though_the_shell_began_the_check_in_the_background(tmp_path):
-    """A shell without job control has such a command ignore interrupts, and its children inherit that."""
+def check_in_a_process(tmp_path, child, seconds):
+    """The command of a gpu_check of one stage, a script; begun as by a shell in the background, SIGINT ignored."""
     script = (
-        "import signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); from benchmarks import gpu_check\n"
-        "child = 'import time\\ntry: time.sleep(60)\\nexcept KeyboardInterrupt: print(\"asked\")'\n"
+        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from benchmarks import gpu_check\n"
         "gpu_check.GRACE, gpu_check.GROUPS = 5, {'attention': ['waits']}\n"
-        "gpu_check.STAGES = {'waits': gpu_check.Stage([sys.executable, '-c', child], 6)}\n"
+        f"gpu_check.STAGES = {{'waits': gpu_check.Stage([sys.executable, '-c', {child!r}], {seconds})}}\n"
         f"sys.argv = ['gpu_check', '--out', {str(tmp_path)!r}, 'waits']\n"
         "gpu_check.main()"
     )
-    subprocess.run([sys.executable, "-c", script], cwd=report.ROOT, check=True, capture_output=True)
+    return [sys.executable, "-c", script]
+
+
+def test_stages_are_asked_to_end_though_interrupts_were_ignored(tmp_path):
+    child = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('asked')"
+    subprocess.run(check_in_a_process(tmp_path, child, 6), cwd=report.ROOT, check=True, capture_output=True)
     assert (tmp_path / "report.txt").read_text().rstrip().endswith("asked")
+
+
+def test_no_stage_outlives_the_check(tmp_path):
+    alive = tmp_path / "alive"
+    child = f"import pathlib, time\nwhile True: pathlib.Path({str(alive)!r}).touch(); time.sleep(0.05)"
+    process = subprocess.Popen(check_in_a_process(tmp_path, child, 60), cwd=report.ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not alive.exists():
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    time.sleep(0.2)
+    last = alive.stat().st_mtime_ns
+    time.sleep(1)
+    assert alive.stat().st_mtime_ns == last
 
 
 def test_what_comes_back_are_measurements_not_pictures(monkeypatch, tmp_path):
