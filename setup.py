@@ -98,7 +98,9 @@ class CMakeBuild(build_ext):
             built = Path(self.build_lib) / self.get_ext_filename(extension.name)
             for path in (built, built.parent / MISSING):
                 if path.exists():
-                    shutil.copy2(path, package / path.name)
+                    draft = package / f".{path.name}"
+                    shutil.copy2(path, draft)
+                    draft.replace(package / path.name)  # a process that has loaded the old one keeps it whole
             if built.exists():
                 (package / MISSING).unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ The limits of a command add up to less than 9.5 minutes, so no stage starves ano
 The first command compiles most of the time, on all cores. While nvcc builds, every op runs once in Triton (150 s at
 most), which leaves its kernels in Triton's cache; then all tests and three sanitizers run at once (400 s at most), ten
 processes for the tests of Triton. `attention` needs no nvcc and does not build; others build in seconds where it was
-done before.
+done before. Beside the build Triton compiles what `evad` needs.
 
 EVAD_KERNELS_COMMIT says which commit is measured where a copy of the checkout has no .git. Some rivals and tests want
 more than torch: torchvision, flash-colreduce (`pip install --no-deps`), transformers, av.
@@ -150,8 +150,39 @@ print("not installed:", *(name for name in {WANTED} if importlib.util.find_spec(
 print(evad_kernels.backends())
 """
 
+# Triton compiles for a minute or two what the detector needs: beside the build, not before the first row of evad.
+WARM = """
+import torch
+from benchmarks import bench_evad
+from evad_kernels import _backend
+
+_backend.BY_NAME_ONLY.clear()
+"""
+FORWARD = """
+model, clips = bench_evad.inputs("cuda", "vit_b", (224, 224), torch.%s, %d)
+model.to(clips.dtype).eval()
+with torch.no_grad():
+    for rate in bench_evad.FEW:
+        model.set_keep_rate(rate)
+        model(clips)
+torch.cuda.synchronize()
+"""
+STEP = """
+bench_evad.build_training("cuda", "vit_b", (224, 224), "bfloat16", 2, (), False).ours()
+torch.cuda.synchronize()
+"""
+
+
 STAGES = {
     "build": Stage(["bash", "-c", BUILD], 150, "build"),
+    **{
+        f"warm-{name}": Stage([PYTHON, "-c", WARM + code], 120, "build")
+        for name, code in (
+            ("bfloat16", FORWARD % ("bfloat16", 8)),
+            ("float32", FORWARD % ("float32", 1)),
+            ("training", STEP),
+        )
+    },
     # Every op in a process of its own: what breaks one does not hide another; Triton's cache is warm after it.
     **{
         f"{backend}-{op}": Stage([PYTHON, "tests/gpu_cases.py", backend, op], 150, beside)
@@ -193,6 +224,7 @@ RIGHT = {  # what runs where nothing is named
     "sanitize": SANITIZE,
 }
 GROUPS = RIGHT | {
+    "warm": [name for name in STAGES if name.startswith("warm-")],
     "attention": ["tune", "bench-attention"],
     "measure": ["bench-roi", "bench-selection", "bench-scatter", "bench-pyramid", "profile"],
     "evad": [*(f"evad-{name}" for name in DETECTORS), "bench-patch"],
@@ -308,6 +340,7 @@ def chosen(asked: list[str]) -> list[str]:
     """Stages of what was asked for, stages or groups; the build first where something needs it."""
     names = [name for word in asked or RIGHT for name in GROUPS.get(word, [word])]
     builds = [] if names and set(names) <= set(GROUPS["attention"]) else ["build"]
+    builds += GROUPS["warm"] if {*names} & {*GROUPS["evad"]} else []
     return list(dict.fromkeys([*builds, *names]))
 
 

@@ -463,6 +463,13 @@ def test_no_stage_of_a_command_starves_another(command):
     assert gpu_check.longest(gpu_check.chosen(command)) <= 60 * gpu_check.MINUTES - gpu_check.GRACE
 
 
+def test_what_the_detector_needs_is_compiled_beside_the_build():
+    names = gpu_check.chosen(["measure", "evad"])
+    assert names[:4] == ["build", *gpu_check.GROUPS["warm"]] and names[4] == "bench-roi"
+    assert len(next(gpu_check.batches(names))) == 4
+    assert "warm-float32" not in gpu_check.chosen(["measure"])
+
+
 def test_every_stage_is_in_a_group_or_named_alone():
     grouped = {name for stages in gpu_check.GROUPS.values() for name in stages}
     assert set(gpu_check.STAGES) - grouped == {"build", "tests-all"}
