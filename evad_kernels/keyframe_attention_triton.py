@@ -229,10 +229,11 @@ def keyframe_attention_score_kernel(
     column = tl.full([FORM.KEYS], 0.0, tl.float64)
     for begin in range(0, N, FORM.ROWS):
         i = begin + tl.arange(0, FORM.ROWS)
-        maximum, log_sum = _statistics(lse, plane, i, i < N)
-        log_sum -= tl.where(i < N - M, log2_weight, 0.0)
-        query_tile = _tile(queries, i, i < N, FORM)
-        logits = _logits(keys, key_tile, (queries, i, i < N), query_tile, FORM)  # [KEYS, ROWS]: a thread sums its own
+        row = tl.minimum(i, N - 1)  # the last again, of weight 0: an infinite key times a row of zeros is NaN
+        maximum = tl.load(lse + plane + row)
+        log_sum = tl.load(lse + i, mask=i < N, other=float("inf")) * LOG2E - tl.where(i < N - M, log2_weight, 0.0)
+        query_tile = _tile(queries, row, None, FORM)
+        logits = _logits(keys, key_tile, (queries, row, None), query_tile, FORM)  # [KEYS, ROWS]: a thread sums its own
         probability = tl.exp2((logits - maximum[None, :]) * scale - log_sum[None, :])
         column += tl.sum(probability, 1).to(tl.float64)
     tl.store(received + head * M + j, column, mask=j < M)

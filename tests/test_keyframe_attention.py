@@ -510,6 +510,15 @@ def test_row_of_minus_infinity_is_nan(backend):
     assert keyframe_attention(query, key, value, num_keyframe=3).output.isnan().all()
 
 
+@all_kernels_and_dtypes
+def test_key_of_minus_infinite_logits_receives_nothing(kernels, dtype):
+    query, value = (torch.rand(1, 1, 3, 4).to(dtype) + 0.5 for _ in range(2))
+    key = torch.tensor([0.0, -torch.inf, 1.0])[:, None].expand(1, 1, 3, 4).to(dtype)
+    for num_keyframe in (0, 1):
+        importance = keyframe_attention(query, key, value, num_keyframe=num_keyframe).importance[0]
+        assert importance.isfinite().all() and importance[1 - num_keyframe] == 0
+
+
 def test_isa_cap_from_the_environment():
     if _backend.native is None:
         pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
