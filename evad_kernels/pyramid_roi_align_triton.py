@@ -34,11 +34,17 @@ BACKWARD = Tile((8, 8, 32), 32, 216)  # [rows, columns, channels]
 
 
 @triton.jit
-def add_cells(total, cells, stride_c, c, C, weight, ALIGNMENT: tl.constexpr):
+def add_cells(total, cells, stride_c, c, C, weight, CHANNELS_LAST: tl.constexpr, ALIGNMENT: tl.constexpr):
     """total [CHANNELS, COLUMNS] plus weight [COLUMNS] times ``cells``, pointers [COLUMNS], where it is not 0."""
     cells = tl.multiple_of(cells, ALIGNMENT)  # a choice of levels has lost it
     at = cells[None, :] + c[:, None] * stride_c
-    features = tl.load(at, mask=(weight > 0)[None, :] & (c < C)[:, None], other=0)
+    touched = (weight > 0)[None, :] & (c < C)[:, None]
+    if CHANNELS_LAST:
+        features = tl.load(at, mask=touched, other=0)
+    else:  # in one dimension lanes run along the bins: of two without known contiguity Triton 3.6 takes the first
+        SIZE: tl.constexpr = total.shape[0] * total.shape[1]
+        features = tl.load(tl.reshape(at, [SIZE]), mask=tl.reshape(touched, [SIZE]), other=0)
+        features = tl.reshape(features, total.shape)
     return total + weight[None, :] * features.to(tl.float32)
 
 
@@ -108,10 +114,14 @@ def pyramid_roi_align_forward_kernel(
                         newer, newer_y = tl.zeros([CHANNELS, COLUMNS], tl.float32), y
                         cells = features + y * stride_h + first_x * stride_w
                         for tap in tl.static_range(TAPS):
-                            newer = add_cells(newer, cells + tap * stride_w, stride_c, c, C, of_column[tap], ALIGNMENT)
+                            newer = add_cells(
+                                newer, cells + tap * stride_w, stride_c, c, C, of_column[tap], CHANNELS_LAST, ALIGNMENT
+                            )
                         for i in range(TAPS, most_taps):
                             more = tl.load(columns + (first_x + i) * ow + q, mask=i < taps, other=0)
-                            newer = add_cells(newer, cells + i * stride_w, stride_c, c, C, more, ALIGNMENT)
+                            newer = add_cells(
+                                newer, cells + i * stride_w, stride_c, c, C, more, CHANNELS_LAST, ALIGNMENT
+                            )
                     if y == newer_y:
                         bin += of_row * newer
                     else:
