@@ -525,14 +525,22 @@ Blocks forward_blocks(const TokenGrid<T>& grid, const RoiBoxes& boxes, const Dev
   for (int frames = kMostFrames; frames > 0 && blocks.frames == 0; frames /= 2)
     if (frames <= most && frames * frame <= room) blocks.frames = frames;
   blocks.panels = cut(grid.C, kPanel<T>);
-  // As many boxes a block as leaves no multiprocessor without one; warps that share them evenly.
   const int64_t beside = blocks.frames * frame + kMostBoxes * box + 1024;  // 1 KB is the system's
   const int64_t resident =
       std::min<int64_t>(std::max<int64_t>(limits.shared_of_multiprocessor / beside, 1), blocks.frames ? 4 : 2);
   const int64_t per_image = cut(boxes.R, grid.B), warps = kMostWarps / resident;
-  const int64_t splits = std::max<int64_t>(limits.multiprocessors * resident / (grid.B * blocks.panels), 1);
-  blocks.boxes = std::min(cut(per_image, splits), kMostBoxes);
-  blocks.warps = static_cast<int>(cut(blocks.boxes, cut(blocks.boxes, warps)));
+  // The fewest turns of warps over all waves of blocks, then the fewest warps beside each other. To bring cells on chip
+  // takes a block about a third of a turn.
+  int64_t least = INT64_MAX;
+  for (int64_t count = std::min(per_image, kMostBoxes); count > 0; --count) {
+    const int64_t waves = cut(grid.B * blocks.panels * cut(per_image, count), limits.multiprocessors * resident);
+    const int64_t thirds = waves * (3 * cut(count, warps) + 1);
+    if (thirds > least) continue;
+    least = thirds;
+    blocks.boxes = count;
+  }
+  blocks.boxes = cut(per_image, cut(per_image, blocks.boxes));
+  blocks.warps = static_cast<int>(cut(blocks.boxes, cut(blocks.boxes, warps)));  // that share them evenly
   blocks.sums = static_cast<int>(blocks.frames * frame);
   blocks.shared = static_cast<int>(blocks.sums + blocks.boxes * box);
   const auto bits = reinterpret_cast<uint64_t>(grid.tokens) | reinterpret_cast<uint64_t>(grid.background) |
