@@ -27,7 +27,8 @@ constexpr int kMostFrames = 4;          // of a lane
 constexpr int64_t kMostBoxes = 32;      // of a block, whose sums are on chip
 constexpr int kRowTaps = 4;             // of a bin in registers: all that two samples touch
 constexpr int kTapsAtOnce = 4;          // of a bin and axis in the backward: as many
-constexpr int64_t kOwnedBytes = 49152;  // of a warp of the backward: a block has them without being asked
+constexpr int64_t kSharedUnasked = 49152;  // bytes that a block has on chip without being asked
+constexpr int64_t kOwnedBytes = kSharedUnasked;  // of a warp of the backward
 constexpr int64_t kOwnersPerMultiprocessor = 6;
 constexpr int kThreads = 128;  // of a block that goes through elements
 constexpr int64_t kBytesBins = 256;
@@ -85,25 +86,34 @@ __device__ void fill_steps(const int32_t* begin, const RoiTap<F>* tap, int bins,
   }
 }
 
+// A thread a side of a box. It reads what it wrote, so it writes on chip, where `of_thread` bytes (0: in memory) are
+// enough for its taps and where its bins begin.
 // At least 1 block, here and below: without it ptxas spills, to fit in more than shared memory allows.
 template <class F, class Box>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kLanes, 1)
     fill_taps_kernel(const Box* __restrict__ corners, Taps<F> taps, Box cells_per_pixel, int64_t samples, bool aligned,
-                     int64_t Gh, int64_t Gw) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; i < 2 * int64_t{taps.items};
-       i += gridDim.x * static_cast<int64_t>(kThreads)) {
+                     int64_t Gh, int64_t Gw, int of_thread) {
+  extern __shared__ __align__(16) char memory[];
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(kLanes) + threadIdx.x; i < 2 * int64_t{taps.items};
+       i += gridDim.x * static_cast<int64_t>(kLanes)) {
     const int item = static_cast<int>(i / 2);
     const bool is_row = i % 2;
     const Box* const box = corners + i / 2 * 4;
+    const int bins = is_row ? taps.oh : taps.ow;
     int32_t* const begin = is_row ? taps.begin_rows(item) : taps.begin_columns(item);
     RoiTap<F>* const tap = is_row ? taps.rows(item) : taps.columns(item);
-    const int bins = is_row ? taps.oh : taps.ow;
+    RoiTap<F>* const new_tap = of_thread ? reinterpret_cast<RoiTap<F>*>(memory + threadIdx.x * of_thread) : tap;
+    int32_t* const new_begin =
+        of_thread ? reinterpret_cast<int32_t*>(memory + (threadIdx.x + 1) * of_thread) - (bins + 1) : begin;
     if (is_box(box))
       fill_taps(box_side(box[is_row], box[2 + is_row], cells_per_pixel, bins, aligned), bins, samples, is_row ? Gh : Gw,
-                begin, tap);
+                new_begin, new_tap);
     else
-      fill_no_taps(bins, begin);
-    if (!is_row) fill_steps(begin, tap, bins, taps.steps(item));
+      fill_no_taps(bins, new_begin);
+    if (!is_row) fill_steps(new_begin, new_tap, bins, taps.steps(item));
+    if (of_thread == 0) continue;
+    for (int k = 0; k < new_begin[bins]; ++k) tap[k] = new_tap[k];
+    for (int k = 0; k <= bins; ++k) begin[k] = new_begin[k];
   }
 }
 
@@ -502,11 +512,15 @@ template <class F>
 Taps<F> filled_taps(const RoiBoxes& boxes, const RoiPixels& pixels, int64_t Gh, int64_t Gw, void* memory,
                     Stream stream) {
   const Taps<F> taps(memory, boxes, pixels.sampling, Gh, Gw);
+  const int64_t of_rows = taps.oh * taps.of_row, most = std::max(of_rows, taps.of_item - of_rows);
+  const int64_t bins = std::max(taps.oh, taps.ow);
+  const int64_t parts = cut(most * sizeof(RoiTap<F>) + (bins + 1) * sizeof(int32_t), 16) | 1;  // odd: no bank conflicts
+  const int shared = kLanes * parts * 16 <= kSharedUnasked ? static_cast<int>(kLanes * parts * 16) : 0;
   const auto launch = [&](auto zero) {
     using Box = decltype(zero);
-    fill_taps_kernel<F, Box><<<blocks_for(2 * taps.items, kThreads), kThreads, 0, stream>>>(
+    fill_taps_kernel<F, Box><<<blocks_for(2 * taps.items, kLanes), kLanes, shared, stream>>>(
         static_cast<const Box*>(boxes.corners), taps, static_cast<Box>(pixels.cells_per_pixel),
-        pixels.sampling.samples, pixels.sampling.aligned, Gh, Gw);
+        pixels.sampling.samples, pixels.sampling.aligned, Gh, Gw, shared / kLanes);
   };
   if (boxes.is_double)
     launch(double{});
