@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import report, runner, schedule
-from benchmarks.paper.experiments import EXPERIMENTS, RUNS
+from benchmarks.paper.experiments import EARLIER, EXPERIMENTS, RUNS
 from benchmarks.paper.rendered import Rendered
 from evad import EVADConfig
 from evad.data import build
@@ -159,9 +159,11 @@ def fake(run, seed, **metrics):
 @pytest.mark.parametrize(
     ("attention", "random", "words"),
     [
-        ((0.6, 0.7, 0.8), (0.5, 0.6, 0.7), "holds (+10.00, seeds +10.00 to +10.00)"),
-        ((0.5, 0.6, 0.7), (0.6, 0.7, 0.8), "**does not hold** (-10.00"),
-        ((0.6, 0.7, 0.8), (0.7, 0.6, 0.5), "holds, but not for every seed (+10.00"),
+        ((0.6, 0.7, 0.8), (0.5, 0.6, 0.7), "holds (+10.00 ± 0.00)"),
+        ((0.5, 0.6, 0.7), (0.6, 0.7, 0.8), "**does not hold (-10.00 ± 0.00)**"),
+        # Gaps of 8, 10 and 12: their deviation is 2, t of two degrees of freedom 4.303, 4.303 * 2 / sqrt(3) = 4.97.
+        ((0.58, 0.70, 0.82), (0.5, 0.6, 0.7), "holds (+10.00 ± 4.97)"),
+        ((0.6, 0.7, 0.8), (0.6, 0.6, 0.5), "**undecided (+13.33 ± 37.95)**"),
         ((0.6,), (0.5,), "seen, no claim from 1 seed (+10.00)"),
         ((0.5, 0.5), (0.6, 0.6), "**not seen**, no claim from 2 seeds (-10.00"),
         ((0.6,), (), "**not run**"),
@@ -187,12 +189,12 @@ def test_time_counts_on_a_quiet_machine_alone():
             ]
             for rate in (1.0, 0.7)
         }
-        assert report.values(experiment.rows[3], records, "") == pytest.approx(expected)
+        assert report.values(experiment.rows[3], records) == pytest.approx(expected)
 
 
 def test_within_is_asked_of_the_difference():
     experiment = next(e for e in EXPERIMENTS if e.title.startswith("Table 1d"))
-    for gap, words in ((-0.4, ": holds"), (-0.6, ": **does not hold**")):
+    for gap, words in ((-0.4, ": holds"), (-0.6, ": **does not hold")):
         records = {
             "keep_rate=0.7": [fake("keep_rate=0.7", seed, mAP=0.5 + gap / 100) for seed in range(3)],
             "keep_rate=0.7,decoder_input=all": [fake("keep_rate=0.7,decoder_input=all", s, mAP=0.5) for s in range(3)],
@@ -204,7 +206,8 @@ def test_the_readme_claims_what_the_records_say():
     readme = paper.README.read_text()
     records = report.read_records(paper.HERE / "runs")
     assert readme == report.with_claims(readme, records), "run python -m benchmarks.paper --report"
-    assert (paper.HERE / "REPORT.md").read_text() == report.text(records), "run python -m benchmarks.paper --report"
+    expected = report.text(records, report.read_records(paper.HERE / "earlier"))
+    assert (paper.HERE / "REPORT.md").read_text() == expected, "run python -m benchmarks.paper --report"
     with pytest.raises(ValueError, match="must hold the markers"):
         report.with_claims("no markers", records)
 
@@ -215,11 +218,33 @@ def test_only_three_seeds_make_a_claim():
     records[names[0]] = [fake(names[0], seed, mAP=0.5 + (seed - 0.5) / 100) for seed in range(3)]
     records[names[3]] = [fake(names[3], seed, mAP=0.2) for seed in range(2)]
     table = report.claims(records)
-    assert "| Table 1b: attention is above random (attention (GAP) against random) | +0.6 | +0.5 (-0.5 to +1.5) | "
-    assert "holds, not for every seed |" in table and "least" not in table
+    # Gaps of -0.5, 0.5 and 1.5: 4.303 / sqrt(3) = 2.48 around 0.5.
+    row = "attention is above random (attention (GAP) against random) | +0.6 | +0.5 (-2.0 to +3.0) | undecided |"
+    assert f"| Table 1b: {row}" in table and "least important" not in table
+    # Asked in three tables of the same runs, said once.
+    assert "| Table 1a, Table 1b, Table 2a: with the decoder, 0.7 is as good as 1.0 (" in table
+    assert table.count("| +0.0 | +0.5 (-2.0 to +3.0) | undecided (at least -1.0) |") == 1
+
+
+def test_a_difference_of_differences():
+    """The decoder gains 3 points at rate 0.7 and 1 at 1.0, so it makes up for 2; the paper's, 8.0 and 4.1."""
+    levels = {"0.7": 0.73, "0.7,decoder_depth=0": 0.70, "1.0": 0.81, "1.0,decoder_depth=0": 0.80}
+    runs = {f"keep_rate={name}": level for name, level in levels.items()}
+    records = {run: [fake(run, seed, mAP=level + seed / 100) for seed in range(3)] for run, level in runs.items()}
+    experiment = next(e for e in EXPERIMENTS if e.title.startswith("Table 1a"))
+    found = report.compare(experiment.trends[-1], experiment, records)
+    assert found.gaps == pytest.approx([2.0] * 3) and found.paper == pytest.approx(3.9) and found.verdict == "holds"
+
+
+def test_runs_of_different_starts_are_not_compared():
+    names = ("keep_rate=0.7", "keep_rate=0.7,pruning=random")
+    records = {name: [fake(name, seed, mAP=0.5) | {"start_sha256": "a"} for seed in range(3)] for name in names}
+    records[names[0]][1]["start_sha256"] = "b"
+    experiment = next(e for e in EXPERIMENTS if e.title.startswith("Table 1b"))
+    assert len(report.compare(experiment.trends[0], experiment, records).gaps) == 2
 
 
 def test_report_without_records_says_not_run():
-    text = report.text({})
-    assert text.count("**not run**") == sum(len(experiment.trends) for experiment in EXPERIMENTS)
-    assert "holds" not in text
+    text = report.text({}, {})
+    assert text.count("**not run**") == sum(len(experiment.trends) for experiment in (*EXPERIMENTS, EARLIER))
+    assert "holds (" not in text and "holds |" not in text

@@ -1,4 +1,8 @@
-"""Writes REPORT.md from the records: the paper's number and ours side by side, and which trends hold."""
+"""Writes REPORT.md from the records: the paper's number and ours side by side, and which trends hold.
+
+A trend is asked of the differences between two rows, one a seed. It holds if the 95 % interval of their mean (Student's
+t) lies above what is asked, does not if it lies below, and is undecided else.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .experiments import EXPERIMENTS, RUNS, Experiment, Row, Trend
+from scipy.stats import t as student
+
+from .experiments import EARLIER, EXPERIMENTS, RUNS, Experiment, Row, Trend
 
 CLAIM = 3  # seeds from which a difference in accuracy is claimed
 BEGIN, END = "<!-- paper: begin -->", "<!-- paper: end -->"
@@ -23,8 +29,8 @@ def read_records(folder: Path) -> Records:
     return {run: sorted(some, key=lambda record: record["seed"]) for run, some in records.items()}
 
 
-def values(row: Row, records: Records, unit: str) -> dict[int, float]:
-    """A row's number by seed, in the experiment's unit."""
+def values(row: Row, records: Records) -> dict[int, float]:
+    """A row's number by seed, per cent."""
     found = {}
     for record in records.get(row.run, ()):
         if record["kind"] == "cost":
@@ -46,71 +52,94 @@ def _quiet(record: dict) -> bool:
 
 
 class Comparison(NamedTuple):
-    """A trend in the records: how far its higher row is above its lower, in the unit of the experiment."""
+    """A trend in the records: how far its higher row is above its lower, per cent."""
 
     paper: float | None
-    gaps: list[float]  # one a seed that has both rows
+    gaps: list[float]  # one a seed that has all rows
     least: float  # that the paper asks for
-    claimed: bool  # whether there are seeds enough, or it is no matter of seeds
+    counted: bool  # no matter of seeds: one measurement
 
     @property
     def mean(self) -> float:
         return statistics.fmean(self.gaps)
 
     @property
-    def holds(self) -> bool:
-        return self.mean > 0 if self.least == 0 else self.mean >= self.least
+    def claimed(self) -> bool:
+        return len(self.gaps) >= CLAIM
 
     @property
-    def every_seed(self) -> bool:
-        return not min(self.gaps) <= self.least < max(self.gaps)
+    def margin(self) -> float:
+        """Half of the interval of the mean."""
+        n = len(self.gaps)
+        return float(student.ppf(0.975, n - 1)) * statistics.stdev(self.gaps) / n**0.5 if n > 1 else 0.0
+
+    @property
+    def verdict(self) -> str:
+        if self.mean - self.margin > self.least:
+            return "holds"
+        return "does not hold" if self.mean + self.margin < self.least else "undecided"
 
 
 def compare(trend: Trend, experiment: Experiment, records: Records) -> Comparison | None:
-    """None where no seed has both rows."""
-    high, low = (next(row for row in experiment.rows if row.label == label) for label in (trend.high, trend.low))
-    ours = [values(row, records, experiment.unit) for row in (high, low)]
-    seeds = sorted(ours[0].keys() & ours[1].keys())
+    """None where no seed has all rows."""
+    rows = [next(row for row in experiment.rows if row.label == label) for label in trend.labels]
+    ours = [values(row, records) for row in rows]
+    seeds = sorted(set.intersection(*map(set, ours)) - _unlike(rows, records))
     if not seeds:
         return None
-    kinds = {record["kind"] for row in (high, low) for record in records[row.run]}
-    paper = None if None in (high.paper, low.paper) else high.paper - low.paper
-    gaps = [ours[0][seed] - ours[1][seed] for seed in seeds]
+
+    def difference(of: Sequence[float]) -> float:
+        return sum(sign * number for sign, number in zip((1, -1, -1, 1), of, strict=False))
+
+    counted = {record["kind"] for row in rows for record in records[row.run]} == {"cost"}
+    paper = None if None in [row.paper for row in rows] else difference([row.paper for row in rows])
     least = 0.0 if trend.within is None else -trend.within
-    return Comparison(paper, gaps, least, kinds == {"cost"} or len(seeds) >= CLAIM)
+    return Comparison(paper, [difference([of[seed] for of in ours]) for seed in seeds], least, counted)
+
+
+def _unlike(rows: Sequence[Row], records: Records) -> set[int]:
+    """Seeds whose runs began with different weights, as far as the records say."""
+    starts: dict[int, set[str]] = {}
+    for record in (record for row in rows for record in records.get(row.run, ()) if "start_sha256" in record):
+        starts.setdefault(record["seed"], set()).add(record["start_sha256"])
+    return {seed for seed, some in starts.items() if len(some) > 1}
 
 
 def verdict(trend: Trend, experiment: Experiment, records: Records) -> str:
     """One sentence: what the paper says, and what the records say about it."""
-    words = f"{trend.words} ({trend.high} against {trend.low})"
+    words = f"{trend.words} ({trend.rows})"
     found = compare(trend, experiment, records)
     if found is None:
         return f"{words}: **not run**"
-    if not found.claimed:
-        seen, seeds = "seen" if found.holds else "**not seen**", len(found.gaps)
-        answer = f"{seen}, no claim from {seeds} seed{'s' * (seeds > 1)}"
-    else:
-        answer = ("holds" if found.holds else "**does not hold**") + ", but not for every seed" * (not found.every_seed)
     asked = "" if trend.within is None else f", asked for: at least {found.least:+.1f}"
-    apart = f", seeds {min(found.gaps):+.2f} to {max(found.gaps):+.2f}" if len(found.gaps) > 1 else ""
-    return f"{words}: {answer} ({found.mean:+.2f}{asked}{apart})"
+    if found.claimed:
+        answer = f"{found.verdict} ({found.mean:+.2f} ± {found.margin:.2f}{asked})"
+        return f"{words}: {answer if found.verdict == 'holds' else f'**{answer}**'}"
+    seeds = len(found.gaps)
+    seen = "seen" if found.mean > found.least else "**not seen**"
+    why = "measured once" if found.counted else f"no claim from {seeds} seed{'s' * (seeds > 1)}"
+    return f"{words}: {seen}, {why} ({found.mean:+.2f}{asked})"
 
 
-def claims(records: Records) -> str:
-    """A table of the trends that there are seeds enough for."""
-    lines = ["| what the paper shows | paper | ours, mean (seeds) | |", "| --- | --- | --- | --- |"]
-    for experiment in EXPERIMENTS:
+def claims(records: Records, experiments: Sequence[Experiment] = EXPERIMENTS) -> str:
+    """A table of the trends that there are seeds enough for; what several of the paper's tables ask is one row."""
+    found: dict[tuple, tuple[list[str], Trend, Comparison]] = {}
+    for experiment in experiments:
+        rows = {row.label: row._replace(label="", paper=None) for row in experiment.rows}
         for trend in experiment.trends:
-            found = compare(trend, experiment, records)
-            if found is None or not found.claimed:
+            comparison = compare(trend, experiment, records)
+            if comparison is None or not comparison.claimed:
                 continue
-            paper = "" if found.paper is None else f"{found.paper:+.1f}"
-            apart = f" ({min(found.gaps):+.1f} to {max(found.gaps):+.1f})" if len(found.gaps) > 1 else ""
-            answer = (
-                "does not hold" if not found.holds else "holds" if found.every_seed else "holds, not for every seed"
-            )
-            what = f"{experiment.title.split(':')[0]}: {trend.words} ({trend.high} against {trend.low})"
-            lines.append(f"| {what} | {paper} | {found.mean:+.1f}{apart} | {answer} |")
+            same = (*(rows[label] for label in trend.labels), trend.within)
+            found.setdefault(same, ([], trend, comparison))[0].append(experiment.title.split(":")[0])
+    lines = ["| what the paper shows | paper | ours, mean and its 95 % interval | |", "| --- | --- | --- | --- |"]
+    for titles, trend, comparison in found.values():
+        paper = "" if comparison.paper is None else f"{comparison.paper:+.1f}"
+        low, high = comparison.mean - comparison.margin, comparison.mean + comparison.margin
+        asked = "" if trend.within is None else f" (at least {comparison.least:+.1f})"
+        what = f"{', '.join(titles)}: {trend.words} ({trend.rows})"
+        ours = f"{comparison.mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append(f"| {what} | {paper} | {ours} | {comparison.verdict}{asked} |")
     return "\n".join(lines)
 
 
@@ -126,7 +155,7 @@ def with_claims(readme: str, records: Records) -> str:
 def table(experiment: Experiment, records: Records) -> list[str]:
     lines = [f"| | paper | ours, {experiment.unit} | seeds |", "| --- | --- | --- | --- |"]
     for row in experiment.rows:
-        ours = list(values(row, records, experiment.unit).values())
+        ours = list(values(row, records).values())
         cell = "not run"
         if ours:
             cell = f"{statistics.fmean(ours):.2f}" + (f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else "")
@@ -135,7 +164,7 @@ def table(experiment: Experiment, records: Records) -> list[str]:
     return lines
 
 
-def text(records: Records) -> str:
+def text(records: Records, earlier: Records) -> str:
     done = sum(len(some) for some in records.values())
     lines = [
         "# The paper's experiments on synthetic clips",
@@ -144,14 +173,26 @@ def text(records: Records) -> str:
         "paper's are of AVA and a pre-trained ViT-B, ours of a tiny model on `evad.data.synthetic`: compare "
         "differences, not levels.",
         "",
-        f"{done} runs are recorded, of {len(RUNS)} kinds {sum(run.name in records for run in RUNS)}; "
-        f"a difference in accuracy is claimed from {CLAIM} seeds. ± is the standard deviation over seeds.",
+        f"{done} runs are recorded, of {len(RUNS)} kinds {sum(run.name in records for run in RUNS)}. ± in a table is "
+        f"the standard deviation over seeds. A difference in accuracy is claimed from {CLAIM} seeds: it holds if the "
+        "95 % interval of its mean lies above what is asked, does not if below, and is undecided else. All seeds are "
+        "scored on the same clips, so intervals leave out what other clips would change; comparisons share runs, "
+        "`keep_rate=0.7` most of all, so they are not independent. Frame mAP is AVA's as released: detections in the "
+        "order of their proposals.",
         "",
         *_how(records),
         "",
         f"## What {CLAIM} seeds say",
         "",
         claims(records),
+        "",
+        f"## {EARLIER.title}",
+        "",
+        EARLIER.note,
+        "",
+        *table(EARLIER, earlier),
+        "",
+        *(f"* {verdict(trend, EARLIER, earlier)}" for trend in EARLIER.trends),
     ]
     for experiment in EXPERIMENTS:
         lines += ["", f"## {experiment.title}", "", *table(experiment, records), ""]

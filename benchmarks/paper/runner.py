@@ -7,6 +7,7 @@ in the work folder.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -93,6 +94,7 @@ def _trained(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
         "model": {**BASE, **plan.model, **run.model},
         "steps": steps,
         "start_steps": plan.start_steps,
+        "start_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "batch_size": plan.batch_size,
         "precision": "bfloat16",
         "evaluations": _evaluate(model, run.rates, seed, plan, work),
@@ -190,7 +192,8 @@ def _cost(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
 
 def _machine(device: str) -> dict:
     """What a number was made on."""
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    commit = subprocess.run(describe, capture_output=True, text=True, check=False)
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _processor()
     return {
         "device": name,
