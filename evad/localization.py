@@ -114,6 +114,18 @@ class Localization(nn.Module):
         self.proposal_features = nn.Parameter(torch.randn(config.num_proposals, config.query_width))
         self.stages = nn.ModuleList(Stage(config) for _ in range(config.num_stages))
 
+    def _apply(self, fn, recurse=True):
+        boxes = self.proposal_boxes
+
+        def apply(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            wide = torch.promote_types(applied.dtype, torch.float32)
+            if applied.dtype != wide and (tensor is boxes or tensor is boxes.grad):
+                return tensor.to(applied.device, wide)  # boxes are never in half: in bfloat16 a step is a pixel of 224
+            return applied
+
+        return super()._apply(apply, recurse)
+
     def forward(self, levels: Sequence[Tensor], whwh: Tensor, *, every_stage: bool) -> Localized:
         """Localise actors.
 

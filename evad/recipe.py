@@ -184,9 +184,10 @@ def load(source: str | Path) -> object:
 
     path = Path(source)
     packaged = resources.files(__package__) / "configs" / f"{source}.yaml"
-    if not path.suffix and not path.exists() and packaged.is_file():
+    absent = not path.exists() or path.is_dir()  # a folder may be called as a configuration is
+    if not path.suffix and absent and packaged.is_file():
         path = packaged
-    elif not path.exists():
+    elif absent:
         raise ValueError(
             f"{source}: no such file, and no configuration of the package{_nearest(str(source), configurations())}"
         )

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from evad import EVAD, EVADConfig, ava
-from evad.checkpoint import save_checkpoint
+from evad.checkpoint import released_names, save_checkpoint
 from evad.cli import main
 from evad.video import Video
 
@@ -564,6 +564,21 @@ def test_partial_checkpoint_is_said(capfd, tmp_path, short_video):
     assert status == 0
     assert json.loads(out)["weights"] == "partial"
     assert f"has no weights for {len(model.state_dict()) - len(names)} of {len(model.state_dict())} tensors" in err
+
+
+def test_what_loading_warns_of_is_said(capfd, tmp_path, short_video):
+    """A released checkpoint with a tensor too many: neither that nor the order of tokens goes by in silence."""
+    model = EVAD(PRESET)
+    names = released_names(model)
+    state = {names[name]: tensor for name, tensor in model.state_dict().items()} | {"ema.decay": torch.ones(1)}
+    torch.save({"model_state": state}, tmp_path / "evad.pyth")
+    arguments = ("--checkpoint", tmp_path / "evad.pyth", "--end", "0", "--out", tmp_path, "--no-video", "--json")
+    status, out, err = run(capfd, "detect", short_video, *arguments, *TINY)
+    assert status == 0 and json.loads(out)["weights"] == str(tmp_path / "evad.pyth")
+    assert "evad.pyth has 1 tensors that the model does not have (ema.decay, ...)" in err
+    assert "trained with token_order='importance'; this model has token_order='position'" in err
+    status, _, err = run(capfd, "detect", short_video, *arguments, *TINY, "--token-order", "importance")
+    assert status == 0 and "ema.decay" in err and "token_order" not in err
 
 
 @pytest.mark.parametrize(

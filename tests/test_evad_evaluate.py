@@ -15,7 +15,7 @@ from PIL import Image
 
 from evad import EVAD, EVADConfig
 from evad.checkpoint import save_checkpoint
-from evad.cli import main
+from evad.cli import CommandError, _common, evaluate, main
 
 AVA = Path(__file__).parent / "golden" / "ava_eval"
 FILES = ["--ground-truth", AVA / "gt.csv", "--detections", AVA / "detections.csv"]
@@ -205,6 +205,33 @@ def test_a_model(tmp_path, capfd, checkpoint):
     again = list(csv.reader((tmp_path / "again" / "detections.csv").open()))
     places = [np.array([row[2:6] for row in some], float) for some in (again, rows)]
     np.testing.assert_allclose(*places, atol=1 / 24)  # the same boxes, scored anew, clipped to fewer pixels
+
+
+def test_a_model_runs_in_float32(tmp_path, capfd, checkpoint, monkeypatch):
+    """Also on a GPU, where other commands choose bfloat16; that can be asked for."""
+    chosen = []
+
+    def refuse(args):
+        chosen.append(_common.placement(args))
+        raise CommandError("seen")
+
+    monkeypatch.setattr(evaluate, "build", refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for options in ((), ("--dtype", "bfloat16")):
+        assert run(capfd, "--data", "synthetic", "--checkpoint", checkpoint, *options, "--out", tmp_path)[0] == 2
+    assert chosen == [(torch.device("cuda:0"), torch.float32), (torch.device("cuda:0"), torch.bfloat16)]
+
+
+def test_names_of_the_package_beside_folders_of_that_name(tmp_path, capfd, checkpoint, monkeypatch):
+    """`python -m evad.data synthetic` makes such a folder; evad train's names are known here, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "synthetic").mkdir()
+    words = ("--checkpoint", checkpoint, "--limit", 2, "--workers", 0, "--device", "cpu", "--json", "--out", "out")
+    status, out, err = run(capfd, "--data", "synthetic", *words)
+    assert status == 0 and json.loads(out)["clips"] == 2, err
+    status, _, err = run(capfd, "--data", "jhmdb", *words)
+    assert status == 2 and "data/jhmdb/Frames: is not a folder" in err
 
 
 def test_ava_counts_sixty_classes(tmp_path, capfd):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evad import EVAD, EVADConfig, load_checkpoint, read_config
+from evad import EVAD, EVADConfig, export, load_checkpoint, read_config
 from evad.cli import main
 from evad.detector import EVADOutput, select_detections
 from evad.export import export_onnx, export_program, output_names
@@ -112,6 +112,22 @@ def test_onnx_finds_the_same_people_in_a_video(tmp_path, keep_rate):
     for found, want in zip(actual, detected, strict=True):
         for got, expectation in zip(found, want, strict=True):
             torch.testing.assert_close(got, expectation, rtol=1e-4, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [((), torch.float32), (("--dtype", "bfloat16"), torch.bfloat16)], ids=["default", "asked"]
+)
+def test_command_exports_float32_on_the_cpu(tmp_path, capsys, monkeypatch, options, dtype):
+    """Also where there is a GPU, on which other commands run in bfloat16; and the line says so."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(export, "export_program", lambda model, size: seen.append(model))
+    monkeypatch.setattr(torch.export, "save", lambda program, path: None)
+    assert main(["export", str(tmp_path / "evad.pt2"), "--model", "tiny", *options]) == 0
+    weight = seen[0].encoder.patch_embed.weight
+    assert (weight.device.type, weight.dtype) == ("cpu", dtype)
+    assert f"clips [B, 3, 16, 96, 96] {str(dtype).removeprefix('torch.')} on cpu" in capsys.readouterr().out
 
 
 def test_command_rejects_bad_input(tmp_path, capsys):

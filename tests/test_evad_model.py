@@ -1,5 +1,6 @@
 """The detector against the released code's numbers, against itself on other backends, and at its edges."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -462,6 +463,25 @@ def test_dtypes(mode):
     model.float().set_keep_rate(0.6)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert all(x.isfinite().all() for x in model(clips)[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_boxes_are_never_in_half(dtype):
+    """Proposal boxes, and the gradient they hold, stay as exact as they were, however weights are cast."""
+    model = micro(0.7)
+    boxes = model.localization.proposal_boxes
+    with torch.no_grad():
+        boxes.copy_(torch.linspace(0.1, 0.9, boxes.numel()).view_as(boxes))  # of no half's numbers
+    boxes.grad = boxes.detach() / 3
+    exact, gradient = boxes.detach().clone(), boxes.grad.clone()
+    for cast in (model.to(dtype), copy.deepcopy(model), model.compiled((3, model.config.num_frames, 64, 64)).model):
+        assert {parameter.dtype for parameter in cast.parameters()} == {dtype, torch.float32}
+        assert cast.encoder.patch_embed.weight.dtype == cast.localization.proposal_features.dtype == dtype
+        assert torch.equal(cast.localization.proposal_boxes, exact)
+    assert torch.equal(model.localization.proposal_boxes.grad, gradient)
+    assert model.double().localization.proposal_boxes.dtype == torch.float64
+    assert model.half().localization.proposal_boxes.dtype == torch.float32
+    assert model.to("meta").localization.proposal_boxes.is_meta
 
 
 def test_training_sees_every_stage_and_trains_every_parameter():

@@ -191,6 +191,16 @@ def test_rejects_configurations(source, overrides, message):
         read_run(source, overrides)
 
 
+def test_a_folder_called_as_a_configuration_hides_nothing(tmp_path, monkeypatch):
+    """`python -m evad.data synthetic` makes one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "synthetic").mkdir()
+    assert read_run("synthetic").data["name"] == "synthetic"
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine: no such file"):
+        read_run("mine")
+
+
 def test_rejects_files_that_are_no_configuration(tmp_path):
     path = tmp_path / "run.yaml"
     for text, message in (("- 1", "must be sections with keys, got list"), ("a: [", "must be a YAML file")):

@@ -45,7 +45,15 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
     return parse
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, default: str = "vit_b", checkpoint: bool = True) -> None:
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    default: str = "vit_b",
+    checkpoint: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Options that say what model it is and where it runs; ``default``, ``device`` and ``dtype`` where they do not."""
     parser.set_defaults(default_model=default)
     group = parser.add_argument_group("model")
     own = "the --checkpoint's, where it says; else " if checkpoint else ""
@@ -74,9 +82,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default: str = "vit_
         metavar="R",
         help="share of the tokens that each pruning layer keeps, above 0 to 1; 1 prunes nothing [the model's, 0.7]",
     )
-    group.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ... [cuda if there is one]")
+    where = "cuda if there is one" if device == "auto" else device
+    group.add_argument("--device", default=device, metavar="NAME", help=f"cpu, cuda, cuda:1, ... [{where}]")
+    kind = "auto: float32; bfloat16 on a GPU" if dtype == "auto" else dtype
     group.add_argument(
-        "--dtype", choices=(*DTYPES, "auto"), default="auto", help="of weights and tokens [float32; bfloat16 on a GPU]"
+        "--dtype", choices=(*DTYPES, "auto"), default=dtype, help=f"of weights and tokens; never of boxes [{kind}]"
     )
 
 
@@ -190,16 +200,23 @@ def _load(model, path: Path, name: str) -> tuple[str, str]:
     from ..checkpoint import CheckpointError, load_checkpoint
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the note says it
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             report = load_checkpoint(model, path)
     except CheckpointError as error:
         raise CommandError(f"--checkpoint (--model {name}): {error}") from error
-    if not report.missing:
-        return str(path), ""
-    total = len(report.loaded) + len(report.missing)
-    lacking = f"{path} has no weights for {len(report.missing)} of {total} tensors ({report.missing[0]}, ...)"
-    return "partial", f"{lacking}: those stay random, so boxes, labels and scores mean little"
+    notes = []
+    if report.missing:
+        total = len(report.loaded) + len(report.missing)
+        lacking = f"{path} has no weights for {len(report.missing)} of {total} tensors ({report.missing[0]}, ...)"
+        notes.append(f"{lacking}: those stay random, so boxes, labels and scores mean little")
+    if report.unexpected:
+        count, first = len(report.unexpected), report.unexpected[0]
+        notes.append(f"{path} has {count} tensors that the model does not have ({first}, ...)")
+    said = [str(warning.message) for warning in caught]
+    # The report is in the notes; torch's own warnings name no file.
+    notes += [text for text in said if text.startswith(str(path)) and text != f"{path}: {report}"]
+    return "partial" if report.missing else str(path), "; ".join(notes)
 
 
 def read_labels(path: Path | None, num_classes: int, checkpoint: Path | None = None) -> tuple[str, ...]:

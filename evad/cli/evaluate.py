@@ -101,7 +101,9 @@ def add_parser(commands) -> None:
     )
     group = parser.add_argument_group("a model on a dataset")
     group.add_argument(
-        "--data", metavar="NAME|FILE", help="a dataset that needs no options, or a YAML file with its options"
+        "--data",
+        metavar="NAME|FILE",
+        help="synthetic, a YAML file with a dataset's options, or a configuration of the package (evad train --list)",
     )
     group.add_argument("--split", default="val", metavar="NAME", help="of the dataset [val]")
     group.add_argument(
@@ -115,7 +117,7 @@ def add_parser(commands) -> None:
     group.add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N clips [all]")
     group.add_argument("--threshold", type=number(float, 0, 1), metavar="SCORE", help="least person score [0.7]")
     add_size_argument(group)
-    add_model_arguments(parser)
+    add_model_arguments(parser, dtype="float32")
     parser.set_defaults(run=run)
 
 
@@ -303,24 +305,25 @@ def _title(built: Built) -> str:
 
 
 def _section(source: str) -> dict:
-    """The dataset's options: of a YAML file (or its section ``data``), or only a name."""
+    """The dataset's options: of a configuration (or its section ``data``), or only a name."""
+    from .. import recipe
     from ..data import DATASETS
 
-    path = Path(source)
-    if source in DATASETS and not path.exists():
-        return {"name": source}
-    if not path.is_file():
-        raise CommandError(f"--data: {source!r} is neither a file nor one of {', '.join(DATASETS)}")
-    import yaml
-
+    packaged = recipe.configurations()
+    if not Path(source).is_file():
+        if source in DATASETS and (source == "synthetic" or source not in packaged):  # all others need options
+            return {"name": source}
+        if source not in packaged:
+            known = dict.fromkeys([*DATASETS, *packaged])
+            raise CommandError(f"--data: {source!r} is neither a file nor one of {', '.join(known)}")
     try:
-        section = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CommandError(f"--data: {path} is not a YAML file: {error}") from error
+        section = recipe.load(source)
+    except ValueError as error:
+        raise CommandError(f"--data: {error}") from error
     if isinstance(section, dict) and isinstance(section.get("data"), dict):
         section = section["data"]
     if not isinstance(section, dict):
-        raise CommandError(f"--data: {path} holds no options of a dataset")
+        raise CommandError(f"--data: {source} holds no options of a dataset")
     return section
 
 

@@ -14,7 +14,7 @@ from ._common import add_model_arguments, build, number
 DESCRIPTION = """\
 Write a model's inference to a file that runs without this package: ONNX of standard operators (.onnx), or a
 torch.export program (.pt2). It takes any number of clips of one size, and gives person logits, boxes, action logits and
-kept tokens. Expect a minute and more: the whole model is traced.
+kept tokens. It is traced in float32 on the CPU unless --dtype or --device says otherwise. Expect a minute and more.
 """
 
 
@@ -33,7 +33,7 @@ def add_parser(commands) -> None:
         metavar=("H", "W"),
         help="height and width of the clips, pixels [a square of the model's short side, 224 224 for vit_b]",
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, device="cpu", dtype="float32")
     parser.set_defaults(run=run)
 
 
@@ -55,5 +55,7 @@ def run(args: argparse.Namespace) -> int:
         torch.export.save(export_program(built.model, size), args.out)
     if built.note:
         print(f"evad export: {built.note}", file=sys.stderr)
-    print(f"{args.out}: {built.name}, clips [B, 3, {built.config.num_frames}, {size[0]}, {size[1]}]")
+    made = built.summary()
+    clips = f"clips [B, 3, {built.config.num_frames}, {size[0]}, {size[1]}]"
+    print(f"{args.out}: {built.name}, {clips} {made['dtype']} on {made['device']}")
     return 0
