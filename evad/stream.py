@@ -32,7 +32,7 @@ class Step(NamedTuple):
     next_time: float  # of the earliest keyframe whose clip is not complete, seconds
 
 
-class Decoder:
+class ClipReader:
     """Frames and clips of a video in order, decoded in a thread; to be iterated once and closed.
 
     Args:
@@ -80,7 +80,7 @@ class Decoder:
                 pass
 
 
-class LiveDecoder:
+class LiveReader:
     """The newest clip of a live video, decoded in a thread as it comes.
 
     Args:

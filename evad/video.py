@@ -30,6 +30,7 @@ from torch import Tensor
 
 ROUNDING = 0.001  # containers round timestamps to a millisecond: a frame this late counts as shown
 MAX_SIZE = 1333
+FPS = 30.0  # of the frames that a stride counts: AVA's
 
 
 # A frame keeps the threads that converted it until it is collected; in a forked worker that would never end.
@@ -356,6 +357,11 @@ class Clip(NamedTuple):
     samples: list  # what the sampler's ``prepare`` made of each frame, in order
 
 
+def sample_times(num_frames: int, stride: int, fps: float = FPS) -> list[float]:
+    """Seconds from a clip's keyframe to each of its frames: (i - num_frames // 2) * stride / fps for frame i."""
+    return [(i - num_frames // 2) * stride / fps for i in range(num_frames)]
+
+
 class ClipSampler:
     """Cuts clips out of a stream of frames: one around every keyframe time, at ``first``, ``first + every``, ...
 
@@ -371,18 +377,18 @@ class ClipSampler:
         last: float = math.inf,
         num_frames: int = 16,
         stride: int = 4,
-        fps: float = 30.0,
+        fps: float = FPS,
         prepare: Callable[[Frame], object] = Frame.rgb,
     ):
         """
         Args:
             every: Seconds from keyframe to keyframe, above 0.
             first, last: Times of the first and (at most) the last keyframe, seconds.
-            num_frames, stride, fps: Sample i is taken at keyframe + (i - num_frames // 2) * stride / fps seconds.
+            num_frames, stride, fps: As for ``sample_times``.
             prepare: Turns a Frame into what clips hold.
         """
         self._every, self._first, self._last = every, first, last
-        self._offsets = [(i - num_frames // 2) * stride / fps for i in range(num_frames)]
+        self._offsets = sample_times(num_frames, stride, fps)
         self._prepare = prepare
         self._count = 0  # keyframes begun
         self._open: deque[Clip] = deque()

@@ -23,7 +23,7 @@ import torch
 from evad import EVAD, EVADConfig, compiled
 from evad.cli import main
 from evad.detector import Scored
-from evad.stream import Decoder, LiveDecoder, Runner
+from evad.stream import ClipReader, LiveReader, Runner
 from evad.video import Clip, ClipSampler, LiveVideo, Video, VideoError, is_live, normalize, read_clip, resize
 
 BIKES = Path(__file__).parent / "media" / "bikes.mp4"
@@ -129,9 +129,9 @@ def sampler(every=0.2):
 # In order
 
 
-def test_decoder_gives_what_sampling_in_turn_gives():
+def test_reader_gives_what_sampling_in_turn_gives():
     video, again = FakeVideo(40), sampler()
-    steps = Decoder(video, sampler(), ahead=4)
+    steps = ClipReader(video, sampler(), ahead=4)
     got = [(step.frame and step.frame.time, [clip.time for clip in step.clips], step.next_time) for step in steps]
     want = []
     for frame in FakeVideo(40).frames():
@@ -141,9 +141,9 @@ def test_decoder_gives_what_sampling_in_turn_gives():
     steps.close()
 
 
-def test_decoder_runs_ahead_by_no_more_than_asked():
+def test_reader_runs_ahead_by_no_more_than_asked():
     video = FakeVideo(1000)
-    steps = Decoder(video, sampler(), ahead=4)
+    steps = ClipReader(video, sampler(), ahead=4)
     iterator = iter(steps)
     for _ in range(100):
         next(iterator)
@@ -154,12 +154,12 @@ def test_decoder_runs_ahead_by_no_more_than_asked():
     assert not steps._thread.is_alive()
 
 
-@pytest.mark.parametrize("kind", [Decoder, LiveDecoder])
-def test_decoders_raise_what_their_thread_raised(kind):
-    decoder = kind(FakeVideo(10, fail_at=7), sampler())
+@pytest.mark.parametrize("kind", [ClipReader, LiveReader])
+def test_readers_raise_what_their_thread_raised(kind):
+    reader = kind(FakeVideo(10, fail_at=7), sampler())
     with pytest.raises(VideoError, match="torn"):
-        list(decoder) if kind is Decoder else [decoder.take(0.1) for _ in range(20)]
-    decoder.close()
+        list(reader) if kind is ClipReader else [reader.take(0.1) for _ in range(20)]
+    reader.close()
 
 
 # Live
@@ -167,11 +167,11 @@ def test_decoders_raise_what_their_thread_raised(kind):
 
 def test_newest_clip_wins_and_the_dropped_are_counted():
     video = FakeVideo(250, TICK / 10)
-    decoder, taken = LiveDecoder(video, sampler(), frames=10), []
+    reader, taken = LiveReader(video, sampler(), frames=10), []
     most = 0
-    while not decoder.ended:
-        complete = decoder.clips
-        newest = decoder.take(0.1)
+    while not reader.ended:
+        complete = reader.clips
+        newest = reader.take(0.1)
         if newest is not None:
             taken.append(newest[0].time)
             assert newest[0].time >= (complete - 1) * 0.2 - 1e-6  # none newer was there
@@ -179,13 +179,13 @@ def test_newest_clip_wins_and_the_dropped_are_counted():
             del newest
         most = max(most, len(video.alive))
         if len(taken) % 3 == 0:
-            assert len(decoder.take_frames()) <= 10
-    last = decoder.take(0)
-    assert decoder.clips == 50 == len(taken) + (last is not None) + decoder.dropped_clips
-    assert decoder.dropped_clips > 10 and decoder.dropped_frames > 10 and taken == sorted(taken)
+            assert len(reader.take_frames()) <= 10
+    last = reader.take(0)
+    assert reader.clips == 50 == len(taken) + (last is not None) + reader.dropped_clips
+    assert reader.dropped_clips > 10 and reader.dropped_frames > 10 and taken == sorted(taken)
     assert most < 60  # of 250: 10 held, a clip taken, one waiting, those open
-    decoder.close()
-    del decoder, last
+    reader.close()
+    del reader, last
     gc.collect()
 
 

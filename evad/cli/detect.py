@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import ava, draw
 from ..data.media import VIDEOS
-from ..stream import Decoder, Found, LiveDecoder, Runner
+from ..stream import ClipReader, Found, LiveReader, Runner
 from ..video import ROUNDING, Clip, ClipSampler, Frame, LiveVideo, Video, VideoError, VideoWriter, is_live, resize
 from . import CommandError
 from ._common import (
@@ -244,7 +244,7 @@ class Result(NamedTuple):
     skipped: int
     seconds: float  # in the model, all keyframes
     wall_seconds: float
-    live: LiveDecoder | None  # which counts what was dropped
+    live: LiveReader | None  # which counts what was dropped
     interrupted: bool
     picture: np.ndarray | None  # an annotated keyframe, about the middle
 
@@ -311,7 +311,7 @@ def detect(
     keyframes = people = frames = 0
     model_seconds, begin = 0.0, time.perf_counter()
     picture, middle = None, _middle(video, start, end)
-    decoder: LiveDecoder | None = None
+    reader: LiveReader | None = None
 
     with ExitStack() as stack:
         stop = stack.enter_context(Stopper())
@@ -356,7 +356,7 @@ def detect(
 
         def every_keyframe() -> None:
             ahead = min(256, max(16, math.ceil(video.fps * every * runner.batch)))
-            steps = Decoder(video, sampler, max(0.0, start - sampler.lead), end + sampler.tail, ahead)
+            steps = ClipReader(video, sampler, max(0.0, start - sampler.lead), end + sampler.tail, ahead)
             stack.callback(steps.close)
             under_way: deque[Clip] = deque()  # complete, results not written
             pending: list[Clip] = []  # of these, not submitted
@@ -401,14 +401,14 @@ def detect(
             while waiting:
                 write(waiting.popleft())
 
-        def newest_keyframe() -> LiveDecoder:
+        def newest_keyframe() -> LiveReader:
             held = math.ceil(video.fps * HELD_SECONDS) if annotate else 0
-            decoder = LiveDecoder(video, sampler, end + sampler.tail, held)
-            stack.callback(decoder.close)
+            reader = LiveReader(video, sampler, end + sampler.tail, held)
+            stack.callback(reader.close)
             while not stop.requested:
-                ended = decoder.ended
-                taken = decoder.take(timeout=0.1)
-                for frame in decoder.take_frames():
+                ended = reader.ended
+                taken = reader.take(timeout=0.1)
+                for frame in reader.take_frames():
                     if frame.time <= end:
                         write(frame)
                 if taken is not None:
@@ -418,17 +418,17 @@ def detect(
                     progress(clip.time, keyframes, frames)
                 elif ended:
                     break
-            return decoder
+            return reader
 
         if live:
-            decoder = newest_keyframe()
+            reader = newest_keyframe()
         else:
             every_keyframe()
         wall_seconds = time.perf_counter() - begin
         document.end(
             frames=frames,
             skipped_frames=video.skipped,
-            **({} if decoder is None else _dropped(decoder)),
+            **({} if reader is None else _dropped(reader)),
             interrupted=stop.requested,
             model_seconds=round(model_seconds, 4),
             wall_seconds=round(wall_seconds, 4),
@@ -436,7 +436,7 @@ def detect(
         )
         interrupted = stop.requested
     return Result(
-        files, keyframes, people, frames, video.skipped, model_seconds, wall_seconds, decoder, interrupted, picture
+        files, keyframes, people, frames, video.skipped, model_seconds, wall_seconds, reader, interrupted, picture
     )
 
 
@@ -444,8 +444,8 @@ def open_video(source: Path | str) -> Video:
     return LiveVideo(str(source)) if is_live(str(source)) else Video(source)
 
 
-def _dropped(decoder: LiveDecoder) -> dict[str, int]:
-    return {"dropped_keyframes": decoder.dropped_clips, "dropped_frames": decoder.dropped_frames}
+def _dropped(reader: LiveReader) -> dict[str, int]:
+    return {"dropped_keyframes": reader.dropped_clips, "dropped_frames": reader.dropped_frames}
 
 
 # One clip

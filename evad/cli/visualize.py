@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import draw
 from ..config import EVADConfig
 from ..detector import EVADOutput, score_detections
-from ..video import Video, VideoWriter, normalize, read_clip, resize
+from ..video import Video, VideoWriter, normalize, read_clip, resize, sample_times
 from . import CommandError
 from ._common import (
     Built,
@@ -134,14 +134,14 @@ def look(built: Built, video: Video, time: float, size: int | None, labels: Sequ
     )
     pixels = normalize(clip.samples, config.pixel_mean, config.pixel_std).to(built.device, built.dtype)
     output, attention = built.model.attention([pixels]) if config.decoder_depth else (built.model([pixels]), None)
-    height, width = (-(-side // config.size_divisor) * config.size_divisor for side in pixels.shape[-2:])
+    height, width = built.model.padded_size([pixels.shape[-2:]])
     grid = config.num_frames // config.tubelet_size, height // config.patch_size, width // config.patch_size
     layers = [
         (f"layer {block + 1}", positions[0].cpu().numpy())
         for block, positions in zip(config.pruning_blocks, output.kept, strict=bool(output.kept))
     ]
     frames = [sample.permute(1, 2, 0).numpy() for sample in clip.samples]
-    times = [(i - config.num_frames // 2) * config.frame_stride / 30 for i in range(config.num_frames)]
+    times = sample_times(config.num_frames, config.frame_stride)
     pruning = draw.Pruning(frames, times, config.tubelet_size, config.patch_size, grid, config.keyframe, layers)
     actors = [] if attention is None else _actors(output, attention[0], pixels.shape[-2:], config, labels)
     return Seen(clip.time, pruning, actors)

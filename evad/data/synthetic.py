@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import ava
-from ..video import VideoWriter, normalize
+from ..video import FPS, VideoWriter, normalize, sample_times
 from .actors import ACTIONS
 from .sample import Sample
 from .scene import Scene, random_scene
 
 KEYFRAME = 2  # second of a written video that the keyframe is at
-FPS = 30
 VISIBLE = 0.4  # an actor counts if at least this part of the box is in the picture
 
 
@@ -55,7 +54,7 @@ class Synthetic(Dataset):
             seed: Of everything random, at least 0.
             fresh: Whether ``set_epoch`` gives the split "train" new clips.
             size: Height and width in pixels; None for a square of ``short_side``.
-            num_frames, frame_stride: Frame i is at (i - num_frames // 2) * frame_stride / 30 seconds.
+            num_frames, frame_stride: As for ``evad.video.sample_times``.
             short_side: Pixels, where ``size`` is None.
             pixel_mean, pixel_std: Pixels in [0, 1] become (pixel - mean) / std.
         """
@@ -63,7 +62,7 @@ class Synthetic(Dataset):
             raise ValueError(f"synthetic: clips must be at least 1 and seed at least 0, got {clips} and {seed}")
         self.split, self.clips, self.seed, self.fresh = split, clips, seed, fresh and split == "train"
         self.height, self.width = (short_side, short_side) if size is None else size
-        self.times = (np.arange(num_frames) - num_frames // 2) * frame_stride / FPS
+        self.times = np.array(sample_times(num_frames, frame_stride, FPS))
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.epoch = 0
 
