@@ -15,7 +15,7 @@ from .backbone import Encoder
 from .config import EVADConfig
 from .decoder import Decoder, clip_boxes
 from .localization import Localization, Localized
-from .losses import Counts, detection_losses
+from .losses import PERSON, Counts, detection_losses
 from .pyramid import Pyramid
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ class EVADOutput(NamedTuple):
     person_logits: Tensor  # [B, n, 2]: person, background
     boxes: Tensor  # [B, n, 4] x1, y1, x2, y2 in pixels of the clip, unclipped
     action_logits: Tensor  # [B, n, classes]
-    kept: tuple[Tensor, ...]  # position [B, K] int64 after each pruning layer, keyframe first; empty at keep rate 1
+    kept: tuple[Tensor, ...]
+    """Position [B, K] int64 after each pruning layer, the whole keyframe's first (where ``config.keep_keyframe`` is
+    False, any of it, anywhere); empty at keep rate 1."""
 
 
 class Detections(NamedTuple):
@@ -245,8 +247,9 @@ class EVAD(nn.Module):
         """Prune at another rate from now on, without retraining (paper, Fig. 5).
 
         Args:
-            rate: Share of all tokens that every pruning block keeps, in (0, 1]. Below the keyframe's share the keyframe
-                alone is kept; a rate that keeps all prunes nothing. 1 turns pruning off.
+            rate: Share that every pruning block keeps of the tokens that reach it, the keyframe's included, in (0, 1].
+                Below the keyframe's share the keyframe alone is kept; a rate that keeps all prunes nothing. 1 turns
+                pruning off.
         Raises:
             ValueError: ``rate`` is not in (0, 1]; the model keeps the one it had.
         """
@@ -318,7 +321,7 @@ def score_detections(output: EVADOutput, sizes: Sequence[tuple[int, int]]) -> Sc
     whwh = _whwh(sizes, output.boxes.dtype, output.boxes.device)
     return Scored(
         clip_boxes(output.boxes, whwh[:, None]),
-        output.person_logits.float().softmax(dim=-1)[..., 0],
+        output.person_logits.float().softmax(dim=-1)[..., PERSON],
         output.action_logits.float().sigmoid(),
     )
 
@@ -331,15 +334,17 @@ def select_detections(
     Args:
         output: Predictions for B clips, or their scores.
         sizes: Height and width of each clip, pixels, without padding; scores have theirs already.
-        threshold: Least person score, in [0, 1]. Where no box of a clip reaches it, all with a score above 0 are kept.
+        threshold: Least person score, in [0, 1]. Where no box of a clip reaches it, all are kept. One of score 0, which
+            pads given boxes, never is.
     Returns:
         One ``Detections`` a clip, rows in the order of the proposals.
     Raises:
         ValueError: ``sizes`` are not B.
     """
     scored = score_detections(output, sizes) if isinstance(output, EVADOutput) else output
-    keep = scored.person_scores >= threshold
-    keep = keep | (~keep.any(dim=1, keepdim=True) & (scored.person_scores > 0))
+    possible = scored.person_scores > 0
+    keep = possible & (scored.person_scores >= threshold)
+    keep = keep | (possible & ~keep.any(dim=1, keepdim=True))
     detections = []
     for clip, mask in zip(zip(*scored, strict=True), keep.cpu(), strict=True):
         rows = mask.nonzero()[:, 0].to(keep.device, non_blocking=True)

@@ -135,8 +135,39 @@ def test_rejects_broken_yaml(tmp_path):
         ("keyframe_weight", "heavy"),
         ("person_threshold", 1.5),
         ("roi_extension", (0.4,)),
+        ("roi_extension", (0.4, -0.1)),
+        ("roi_extension", "ab"),
+        ("drop_path", 1.0),
+        ("decoder_drop_path", -0.1),
+        ("pixel_mean", float("inf")),
+        ("pixel_std", 0),
+        ("canonical_size", 0),
+        ("mlp_ratio", 0.0),
+        ("initial_deltas", float("nan")),
+        ("background_weight", -0.1),
+        ("learning_rate", -1),
+        ("learning_rate", float("nan")),
+        ("weight_decay", float("inf")),
+        ("weight_decay", True),
+        ("warmup_epochs", -1),
+        ("decay_epochs", ["a"]),
+        ("decay_epochs", 5),
+        ("decay_epochs", (5, float("nan"))),
+        ("pruning_blocks", 3),
+        ("pruning_blocks", (3.5,)),
+        ("pyramid_blocks", ("2", "5", "8", "11")),
     ],
 )
 def test_rejects_bad_field(field, value):
     with pytest.raises(ValueError, match=f"EVADConfig: {field} must be"):
         EVADConfig.vit_b(**{field: value})
+
+
+def test_rejects_a_weight_of_no_keyframe():
+    with pytest.raises(ValueError, match="keyframe_weight must be 1 where keep_keyframe is False"):
+        EVADConfig.tiny(keep_keyframe=False, keyframe_weight=4.0)
+
+
+def test_takes_numbers_as_yaml_and_json_read_them():
+    config = EVADConfig.vit_b(learning_rate="1e-5", decay_epochs=[], roi_extension=[0, 0], pruning_blocks=[])
+    assert (config.learning_rate, config.decay_epochs, config.roi_extension) == (1e-5, (), (0, 0))

@@ -439,6 +439,15 @@ def test_selects_detections():
         select_detections(output, [(48, 100)])
 
 
+def test_given_boxes_are_kept_and_their_padding_never():
+    model = micro(0.7)
+    given = [torch.tensor([[4.0, 5, 40, 50], [10, 10, 50, 60]]), torch.tensor([[10.0, 10, 50, 60]]), torch.zeros(0, 4)]
+    for threshold in (0.0, 0.7, 1.0):
+        found = model.detect(torch.cat([clip()[None]] * 3), threshold, given)
+        assert all(torch.equal(some.boxes, boxes) for some, boxes in zip(found, given, strict=True))
+        assert all((some.person_scores == 1).all() for some in found)
+
+
 def test_detect_leaves_the_mode_alone():
     model = micro(drop_path=0.9).train()
     first, second = (model.detect(clip()[None])[0] for _ in range(2))
