@@ -15,7 +15,8 @@ from PIL import Image
 
 from evad import EVAD, EVADConfig
 from evad.checkpoint import save_checkpoint
-from evad.cli import CommandError, _common, evaluate, main
+from evad.cli import _common, evaluate, main
+from evad.console import CommandError
 
 AVA = Path(__file__).parent / "golden" / "ava_eval"
 FILES = ["--ground-truth", AVA / "gt.csv", "--detections", AVA / "detections.csv"]

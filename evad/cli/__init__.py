@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NoReturn
+
+from ..console import guarded
 
 PROGRAM = "evad"
 
@@ -23,10 +22,6 @@ EVAD: finds people in video and tells what they do, with a transformer that drop
   evad profile                  operations, parameters, tokens, time and memory of a model
   evad export model.onnx        a model for other runtimes: ONNX or torch.export
 """
-
-
-class CommandError(Exception):
-    """Something that the user can put right; the message is the one line that is printed."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,41 +61,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{command}: unrecognized arguments: {' '.join(unknown)} (try {command} -h)", file=sys.stderr)
         return 2
     return guarded(command, lambda: args.run(args), getattr(args, "out", None))
-
-
-def guarded(command: str, run: Callable[[], int], folder: Path | None = None) -> int:
-    """The exit status of ``run``, which writes to ``folder``; what goes wrong becomes one line on stderr."""
-    try:
-        return run()
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our stdout has gone: nothing to say, and nobody to say it to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except Exception as error:
-        message = _explain(error, folder)
-        if message is None:
-            raise
-        print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
-        return 2
-
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # errors of writing, which name no file
-
-
-def _explain(error: Exception, folder: Path | None) -> str | None:
-    """What to tell the user, or None for an error that is ours."""
-    import torch
-
-    from ..problems import DataError
-    from ..video import VideoError
-
-    if isinstance(error, (CommandError, DataError, VideoError)):
-        return str(error).rpartition(f"{type(error).__name__}: ")[2]  # from a worker process it comes with a traceback
-    if isinstance(error, OSError):
-        place = error.filename or (folder if error.errno in _DISK else None)
-        return f"{place}: {error.strerror}" if place and error.strerror else str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
-        return "out of memory: a smaller --size, --keep-rate or --model needs less"
-    return None

@@ -18,31 +18,13 @@ import torch
 
 from .. import ava, recipe
 from ..config import TOKEN_ORDERS, EVADConfig
+from ..console import CommandError, bounded
 from ..recipe import PRESETS
-from . import CommandError
 
 if TYPE_CHECKING:
     from ..detector import EVAD
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False):
-    """An argparse type: an ``int`` or ``float`` in [low, high], or (low, high] with ``above``."""
-    bounds = f"above {low:g}" if above else f"at least {low:g}"
-    bounds += "" if high == float("inf") else f" and at most {high:g}"
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not (low < value if above else low <= value) or not value <= high:
-            expected = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {expected} {bounds}, got {text!r}")
-        return value
-
-    return parse
 
 
 def add_model_arguments(
@@ -78,7 +60,7 @@ def add_model_arguments(
         )
     group.add_argument(
         "--keep-rate",
-        type=number(float, 0, 1, above=True),
+        type=bounded(float, 0, 1, above=True),
         metavar="R",
         help="share of the tokens that each pruning layer keeps, above 0 to 1; 1 prunes nothing [the model's, 0.7]",
     )
@@ -93,7 +75,7 @@ def add_model_arguments(
 def add_size_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
-        type=number(int, 16, 4096),
+        type=bounded(int, 16, 4096),
         metavar="PIXELS",
         help="short side that frames are resized to before the model sees them [the model's, 224 for vit_b]",
     )

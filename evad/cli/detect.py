@@ -18,10 +18,10 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from .. import ava, draw
+from ..console import CommandError, bounded
 from ..data.media import VIDEOS
 from ..stream import ClipReader, Found, LiveReader, Runner
 from ..video import ROUNDING, Clip, ClipSampler, Frame, LiveVideo, Video, VideoError, VideoWriter, is_live, resize
-from . import CommandError
 from ._common import (
     Built,
     Stopper,
@@ -30,7 +30,6 @@ from ._common import (
     build,
     configuration,
     from_all_ranks,
-    number,
     placement,
     ranks,
     read_labels,
@@ -81,7 +80,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--no-video", action="store_true", help="write no annotated video")
     parser.add_argument(
-        "--batch", type=number(int, 1), metavar="N", help="clips at a time; frames wait for them [8 on a GPU, else 1]"
+        "--batch", type=bounded(int, 1), metavar="N", help="clips at a time; frames wait for them [8 on a GPU, else 1]"
     )
     parser.add_argument(
         "--live",
@@ -90,19 +89,19 @@ def add_parser(commands) -> None:
     )
     group = parser.add_argument_group("what to look at")
     group.add_argument(
-        "--every", type=number(float, 0.01), default=1.0, metavar="SECONDS", help="from keyframe to keyframe [1]"
+        "--every", type=bounded(float, 0.01), default=1.0, metavar="SECONDS", help="from keyframe to keyframe [1]"
     )
     group.add_argument(
-        "--start", type=number(float, 0), default=0.0, metavar="SECONDS", help="begin here, by seeking [0]"
+        "--start", type=bounded(float, 0), default=0.0, metavar="SECONDS", help="begin here, by seeking [0]"
     )
-    group.add_argument("--end", type=number(float, 0), metavar="SECONDS", help="stop here [the end]")
+    group.add_argument("--end", type=bounded(float, 0), metavar="SECONDS", help="stop here [the end]")
     add_size_argument(group)
     group = parser.add_argument_group("what to report")
     group.add_argument(
-        "--threshold", type=number(float, 0, 1), metavar="SCORE", help="least score of a person [the model's, 0.7]"
+        "--threshold", type=bounded(float, 0, 1), metavar="SCORE", help="least score of a person [the model's, 0.7]"
     )
     group.add_argument(
-        "--top", type=number(int, 1), default=3, metavar="N", help="actions shown a person; the CSV has all [3]"
+        "--top", type=bounded(int, 1), default=3, metavar="N", help="actions shown a person; the CSV has all [3]"
     )
     group.add_argument(
         "--labels",

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from .. import ava
+from ..console import CommandError, bounded
 from ..problems import POLICIES, Problems
-from . import CommandError
 from ._common import (
     Built,
     add_model_arguments,
     add_size_argument,
     build,
-    number,
     ranks,
     say,
     say_skipped,
@@ -88,7 +87,7 @@ def add_parser(commands) -> None:
         metavar="FILE",
         help="annotations: CSV in AVA's format; the published pickle of UCF101-24 or JHMDB",
     )
-    group.add_argument("--fold", type=number(int, 1), default=1, metavar="N", help="split of UCF101-24 or JHMDB [1]")
+    group.add_argument("--fold", type=bounded(int, 1), default=1, metavar="N", help="split of UCF101-24 or JHMDB [1]")
     group.add_argument(
         "--detections",
         type=Path,
@@ -112,10 +111,10 @@ def add_parser(commands) -> None:
         metavar="CSV",
         help="people that another detector found (or annotations) in AVA's format, in place of localisation",
     )
-    group.add_argument("--batch-size", type=number(int, 1), default=8, metavar="N", help="clips at a time [8]")
-    group.add_argument("--workers", type=number(int, 0), default=2, metavar="N", help="processes that make clips [2]")
-    group.add_argument("--limit", type=number(int, 1), metavar="N", help="only the first N clips [all]")
-    group.add_argument("--threshold", type=number(float, 0, 1), metavar="SCORE", help="least person score [0.7]")
+    group.add_argument("--batch-size", type=bounded(int, 1), default=8, metavar="N", help="clips at a time [8]")
+    group.add_argument("--workers", type=bounded(int, 0), default=2, metavar="N", help="processes that make clips [2]")
+    group.add_argument("--limit", type=bounded(int, 1), metavar="N", help="only the first N clips [all]")
+    group.add_argument("--threshold", type=bounded(float, 0, 1), metavar="SCORE", help="least person score [0.7]")
     add_size_argument(group)
     add_model_arguments(parser, dtype="float32")
     parser.set_defaults(run=run)

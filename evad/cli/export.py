@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from . import CommandError
-from ._common import add_model_arguments, build, number
+from ..console import CommandError, bounded
+from ._common import add_model_arguments, build
 
 DESCRIPTION = """\
 Write a model's inference to a file that runs without this package: ONNX of standard operators (.onnx), or a
@@ -28,7 +28,7 @@ def add_parser(commands) -> None:
     parser.add_argument("out", type=Path, metavar="FILE", help="ends in .onnx or .pt2")
     parser.add_argument(
         "--size",
-        type=number(int, 16, 4096),
+        type=bounded(int, 16, 4096),
         nargs=2,
         metavar=("H", "W"),
         help="height and width of the clips, pixels [a square of the model's short side, 224 224 for vit_b]",

@@ -9,8 +9,8 @@ import sys
 import torch
 
 from ..config import EVADConfig
-from . import CommandError
-from ._common import add_model_arguments, configuration, number, placement
+from ..console import CommandError, bounded
+from ._common import add_model_arguments, configuration, placement
 
 DESCRIPTION = """\
 Count what one clip costs: operations and parameters by part, tokens after each layer; and run it for time and memory.
@@ -41,18 +41,18 @@ def add_parser(commands) -> None:
     )
     parser.add_argument(
         "--size",
-        type=number(int, 16, 4096),
+        type=bounded(int, 16, 4096),
         nargs=2,
         metavar=("H", "W"),
         help="height and width of the clip, pixels [a square of the model's short side, 224 224 for vit_b]",
     )
     parser.add_argument("--train", action="store_true", help="measure training steps, not inference")
-    parser.add_argument("--batch", type=number(int, 1), metavar="N", help="clips at a time [1; with --train 2]")
+    parser.add_argument("--batch", type=bounded(int, 1), metavar="N", help="clips at a time [1; with --train 2]")
     parser.add_argument(
         "--recompute", action="store_true", help="with --train: compute activations again instead of keeping them"
     )
     parser.add_argument("--no-time", action="store_true", help="count only: do not run the model")
-    parser.add_argument("--repeats", type=number(int, 1), default=5, metavar="N", help="timed runs [5]")
+    parser.add_argument("--repeats", type=bounded(int, 1), default=5, metavar="N", help="timed runs [5]")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else")
     add_model_arguments(parser, checkpoint=False)
     parser.set_defaults(run=run)

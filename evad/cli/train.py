@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import CommandError
+from ..console import CommandError
 from ._common import Stopper, from_all_ranks, placement, ranks, say, say_skipped, skipped, writable_folder
 
 DESCRIPTION = """\

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from .. import draw
 from ..config import EVADConfig
+from ..console import CommandError, bounded
 from ..detector import EVADOutput, score_detections
 from ..video import Video, VideoWriter, normalize, read_clip, resize, sample_times
-from . import CommandError
 from ._common import (
     Built,
     add_model_arguments,
     add_size_argument,
     build,
-    number,
     read_labels,
     say,
     writable_folder,
@@ -49,7 +48,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("video", metavar="VIDEO", help="any file that FFmpeg reads")
     parser.add_argument(
-        "--time", type=number(float, 0), metavar="SECONDS", help="of the keyframe [the middle of the video]"
+        "--time", type=bounded(float, 0), metavar="SECONDS", help="of the keyframe [the middle of the video]"
     )
     parser.add_argument("--out", type=Path, default=Path("evad_out"), metavar="DIR", help="folder [evad_out]")
     parser.add_argument("--mp4", action="store_true", help="write moving pictures, too")

@@ -6,18 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..cli import guarded
-from ..cli._common import number
+from ..console import bounded, guarded
 from .synthetic import Synthetic, write
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m evad.data", description=write.__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=number(int, 0), default=200, metavar="N", help="clips of the split train [200]")
-    parser.add_argument("--val", type=number(int, 0), default=50, metavar="N", help="clips of the split val [50]")
-    parser.add_argument("--seed", type=number(int, 0), default=0)
-    size = number(int, 16, 4096)
+    count = bounded(int, 0)
+    parser.add_argument("--train", type=count, default=200, metavar="N", help="clips of the split train [200]")
+    parser.add_argument("--val", type=count, default=50, metavar="N", help="clips of the split val [50]")
+    parser.add_argument("--seed", type=count, default=0)
+    size = bounded(int, 16, 4096)
     parser.add_argument("--size", type=size, nargs=2, default=(96, 96), metavar=("H", "W"), help="pixels [96 96]")
     args = parser.parse_args()
     if not args.train + args.val:
