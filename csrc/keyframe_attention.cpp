@@ -87,7 +87,7 @@ char* head(const HeadRows& rows, int64_t b, int64_t h, int64_t element) {
   return rows.data ? rows.data + (b * rows.stride_b + h * rows.stride_h) * element : nullptr;
 }
 
-// importance = c * the partial sums, in the order head, task.
+// importance = c * the partial sums, in the order head, part.
 template <class C>
 void add_partial_sums(const double* partial, const AttentionShape& s, C* importance, int threads) {
   constexpr int64_t kColumns = 256;

@@ -53,7 +53,8 @@ BY_NAME_ONLY = {
 UNTESTED = "by name only: not yet tested on a GPU"
 NOT_IMPLEMENTED = "not implemented"
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it, at the import of a kernel
+# As Triton itself reads it, at the import of a kernel.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 # backend -> the device type it serves
 DEVICE = {"cpu": "cpu", "triton": "cpu" if INTERPRETED else "cuda", "cuda": "cuda"}
@@ -95,18 +96,18 @@ def _missing(backend: str) -> str | None:
 MISSING = {backend: _missing(backend) for backend in BACKENDS}  # asked once: choose() is on every call's path
 
 
-def _validated(name: str) -> str:
+def _validated(name: str, argument: str = "use_backend: name") -> str:
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"use_backend: name must be one of {(*BACKENDS, 'auto')}, got {name!r}")
+        raise ValueError(f"{argument} must be one of {(*BACKENDS, 'auto')}, got {name!r}")
     return name
 
 
-_requested = _validated(os.environ.get("EVAD_KERNELS_BACKEND", "auto"))
+_requested = _validated(os.environ.get("EVAD_KERNELS_BACKEND") or "auto", "EVAD_KERNELS_BACKEND")
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the ops called inside on one backend.
+    """Run the ops called inside on one backend, in all threads: no other may enter or leave one meanwhile.
 
     Args:
         name: "reference", "cpu", "triton", "cuda", or "auto" for the best available. A backend asked for by name never
@@ -210,6 +211,11 @@ def backends() -> Backends:
         return unavailable(op, backend) or (UNTESTED if (op, backend) in BY_NAME_ONLY else None)
 
     return Backends({op: {backend: reason(op, backend) for backend in BACKENDS} for op in IMPLEMENTED})
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Where sums and weights must not become half; "meta" has no autocast."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _check
+from . import _backend, _check
 
 MOST_SAMPLES = 4096  # of a bin along a side where their number follows from the box: all are in memory at once
 FORMS = "[B, n, 4], a list of B [n_b, 4], or [R, 5]"
@@ -157,9 +156,12 @@ def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, samples: int |
     sample = torch.arange(samples, device=low.device)
     at = low[..., None, None] + bin_index * width + (sample + 0.5) * width / count  # [..., bins, samples]
     inside = (at >= -1) & (at <= size) & (sample < taken)
+    at = at.clamp(0, size - 1)[..., None]
     cell = torch.arange(size, device=low.device)
-    tent = (1 - (at.clamp(0, size - 1)[..., None] - cell).abs()).clamp(min=0)  # [..., bins, samples, size]
-    return torch.where(inside[..., None], tent, 0).sum(-2) / count
+    before = at.floor()
+    # Not 1 - |at - cell|: it rounds to 0 what a kernel still gives the next cell.
+    tent = torch.where(cell == before, 1 - (at - before), torch.where(cell == before + 1, at - before, 0))
+    return torch.where(inside[..., None], tent, 0).sum(-2) / count  # of [..., bins, samples, size]
 
 
 def bins_reference(
@@ -218,7 +220,6 @@ def bins_reference(
 
 def _two_products(features: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[B, T, Gh, Gw, C] x [B, n, T or 1, oh, Gh] x [B, n, T or 1, ow, Gw] -> [B*n, oh, T, ow, C]."""
-    device = features.device.type  # "meta" has no autocast
-    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # weights never become half
+    with _backend.without_autocast(features.device):
         with_rows = torch.einsum("bntyh,bthwc->bnytwc", rows, features)
         return torch.matmul(columns[:, :, None], with_rows).flatten(0, 1)

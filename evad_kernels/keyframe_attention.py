@@ -21,6 +21,8 @@ from . import _backend, _check
 from ._registration import register
 from .token_selection import _select_native, gather_tokens_reference, select_tokens_reference
 
+MOST_WEIGHT = torch.finfo(torch.float32).max
+
 
 class KeyframeAttention(NamedTuple):
     """What ``keyframe_attention`` returns."""
@@ -99,6 +101,8 @@ def keyframe_attention_topk(
         [B, num_select] int64, ascending, counted from the first non-keyframe token (ties go to the lower index, NaN is
         lowest); ``importance`` [B, N - num_keyframe], float32 (float64 for float64 inputs). Gradient flows through
         ``output`` and ``importance``; while none arrives at the importance, dropped rows cost nothing in the backward.
+        (Where a compiled function returns the importance, torch passes zeros for its gradient: every row takes part.)
+        On a CPU ``output`` is the front of memory for all N rows.
     Raises:
         ValueError: a shape disagrees, or a number is out of range.
         TypeError: not floating point, or dtypes differ.
@@ -135,12 +139,12 @@ def keyframe_attention_reference(
     D = query.shape[-1]
     N = query.shape[2]
     dtype = _accumulation_dtype(query.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with _backend.without_autocast(query.device):
         logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * (_default_scale(D) if scale is None else scale)
         attention = logits.softmax(dim=-1)  # [B, H, N, N]
         output = (attention @ value.to(dtype)).to(query.dtype)
         is_keyframe = torch.arange(N, device=query.device) < num_keyframe
-        weight = torch.where(is_keyframe, keyframe_weight, 1.0).to(dtype)  # [N]
+        weight = torch.ones(N, dtype=dtype, device=query.device).masked_fill(is_keyframe, keyframe_weight)
         received = (weight[:, None] * attention[..., num_keyframe:].sum(dim=1)).sum(dim=1)  # [B, N - num_keyframe]
         importance = received / max(1, query.shape[1] * N)
     return KeyframeAttention(output, importance)
@@ -189,8 +193,8 @@ def _checked(op, query, key, value, num_keyframe, keyframe_weight, scale) -> flo
     N, D = query.shape[2:]
     _check.integer(op, "num_keyframe", num_keyframe, N, "N")
     _check.number(op, "keyframe_weight", keyframe_weight)
-    if not 0 <= keyframe_weight < math.inf:
-        _check.fail(op, "keyframe_weight", "finite and at least 0", keyframe_weight)
+    if not 0 <= keyframe_weight <= MOST_WEIGHT:
+        _check.fail(op, "keyframe_weight", "finite in float32 and at least 0", keyframe_weight)
     if scale is None:
         return _default_scale(D)
     _check.number(op, "scale", scale)
@@ -208,9 +212,10 @@ def _triton_refusal(query: Tensor) -> str | None:
     return None
 
 
-# Registration. The private ops also return the log-sum-exp of each row, from which the backward recomputes P:
-# lse [2, B, H, N] is lse[0] + |scale| * lse[1]. Triton puts the row's largest product in lse[1], beside which a small
-# sum of exponentials would be lost in one float; the C++ kernels need 0 there, for they look for the maximum again.
+# Registration. The private ops also return the log-sum-exp of each row, from which the backward recomputes P (but the
+# SIMD kernels, which sum again): lse [2, B, H, N] is lse[0] + |scale| * lse[1]. Triton puts the row's largest product
+# in lse[1], beside which a small sum of exponentials would be lost in one float; the C++ kernels need 0 there, for they
+# look for the maximum again.
 
 
 def _head_rows(tensor: Tensor | None) -> tuple[int, ...]:

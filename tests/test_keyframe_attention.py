@@ -536,6 +536,21 @@ def test_more_than_two_to_the_31_elements():
     assert index.shape == (70_000, 902) and importance.shape == (70_000, 1372)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_weight_that_float32_rounds_is_exact_in_float64(backend):
+    """By hand: two tokens that attend alike, the first the keyframe; the other receives (1.1 / 2 + 1 / 2) / 2."""
+    query = torch.zeros(1, 1, 2, 4, dtype=torch.float64)
+    with use_backend(backend):
+        importance = keyframe_attention(query, query, query, num_keyframe=1, keyframe_weight=1.1).importance
+    assert abs(importance.item() - 0.525) < 1e-15
+
+
+def test_reference_takes_meta_tensors():
+    query = torch.empty(2, 3, 5, 4, device="meta")
+    with use_backend("reference"):
+        assert keyframe_attention(query, query, query, num_keyframe=2).importance.shape == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -556,8 +571,9 @@ def test_more_than_two_to_the_31_elements():
         ({"num_keyframe": 1.5}, TypeError, "num_keyframe must be an integer"),
         ({"num_select": -1}, ValueError, "num_select must be in"),
         ({"num_select": 4}, ValueError, "num_select must be in"),
-        ({"keyframe_weight": -0.5}, ValueError, "keyframe_weight must be finite and at least 0"),
+        ({"keyframe_weight": -0.5}, ValueError, "keyframe_weight must be finite in float32 and at least 0"),
         ({"keyframe_weight": float("nan")}, ValueError, "keyframe_weight must be finite"),
+        ({"keyframe_weight": 1e39}, ValueError, "keyframe_weight must be finite"),
         ({"keyframe_weight": "heavy"}, TypeError, "keyframe_weight must be a number"),
         ({"scale": float("inf")}, ValueError, "scale must be finite"),
         ({"scale": torch.tensor(0.5, requires_grad=True)}, TypeError, "scale must be a number"),

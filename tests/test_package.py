@@ -204,7 +204,8 @@ def test_use_backend_nests_and_is_restored():
 def test_environment_variable_chooses_the_backend():
     code = "import json; from evad_kernels import _backend; print(json.dumps(_backend._requested))"
     assert fresh_python(code, EVAD_KERNELS_BACKEND="reference") == "reference"
-    with pytest.raises(AssertionError, match="use_backend: name must be one of"):
+    assert fresh_python(code, EVAD_KERNELS_BACKEND="") == "auto"
+    with pytest.raises(AssertionError, match="EVAD_KERNELS_BACKEND must be one of"):
         fresh_python(code, EVAD_KERNELS_BACKEND="fastest")
 
 

@@ -442,6 +442,16 @@ def test_special_features_reach_the_bins_that_touch_them(backend, value):
 
 @POOL
 @KERNELS
+def test_the_smallest_weight_touches_a_cell(backend):
+    """A sample about 2^-26 of a cell beyond the first cell's centre: 1 - 2^-26 is 1 in float32."""
+    tokens = torch.tensor([[[1.0], [math.nan]]])
+    boxes = torch.tensor([[[5.955488681793213, 0, 10.044511795043945, 16]]])
+    pooled = roi_pool_3d(
+        tokens, torch.arange(2)[None], boxes, grid=(1, 1, 2), spatial_scale=1 / 16, output_size=1, sampling_ratio=1
+    )
+    assert pooled.isnan().all()
+
+
 def test_gradient_of_nan_goes_to_the_first_bin_that_has_it(backend):
     tokens, position, boxes, fill, options = make("five frames" if interpreted(backend) else "odd")
     tokens[0, :4, 2:9] = math.nan
