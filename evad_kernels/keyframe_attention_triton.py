@@ -798,12 +798,17 @@ def _kept_first(index: Tensor, N: int, num_keyframe: int) -> Tensor:
 
 def _unit(value: Tensor, grad_output: Tensor | None, grad_importance: Tensor | None, weight: float) -> Tensor:
     """[B, H] float32: the power of two that brings what a logit's gradient can be at most to 2^14, for float16."""
-    largest = value.new_zeros(value.shape[:2], dtype=torch.float32)
+
+    def largest(x, dims):
+        # One row of infinities would take every other row's gradient below the smallest number.
+        return x.abs().nan_to_num_(nan=0, posinf=0).amax(dims).float()
+
+    bound = value.new_zeros(value.shape[:2], dtype=torch.float32)
     if grad_output is not None:
-        largest += value.abs().amax((2, 3)).float() * grad_output.abs().amax((2, 3)).float() * value.shape[3]
+        bound += largest(value, (2, 3)) * largest(grad_output, (2, 3)) * value.shape[3]
     if grad_importance is not None:
-        largest += weight * grad_importance.abs().amax(1, keepdim=True)
-    return torch.exp2((13 - torch.log2(largest).ceil()).clamp(-100, 100))
+        bound += weight * largest(grad_importance, 1)[:, None]
+    return torch.exp2((13 - torch.log2(bound).ceil()).clamp(-100, 100))
 
 
 def shipped(architecture: int) -> Iterator[Launch]:

@@ -494,6 +494,26 @@ def test_nan_and_infinity_spread_as_in_torch(kernels, which, bad):
 
 
 @all_kernels_and_dtypes
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_gradient_that_is_not_finite_spoils_no_other_row(kernels, dtype, bad):
+    inputs = [x.to(dtype) for x in random(3, 1, 1, 8, 16, generator=torch.Generator().manual_seed(0))]
+    grad_output = torch.ones(1, 1, 8, 16)
+    grad_output[0, 0, 0, 0] = bad
+
+    def grads(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        output, _ = keyframe_attention(*leaves, num_keyframe=2)
+        return torch.autograd.grad(output, leaves, grad_output.to(output))
+
+    actual = grads(dtype)
+    with use_backend("reference"):
+        reference, truth = grads(dtype), grads(torch.float64)
+    assert actual[0][0, 0, 1:].isfinite().all()
+    for name, *grad in zip(("query", "key", "value"), actual, reference, truth, strict=True):
+        assert_accurate(*grad, label=f"grad_{name}")
+
+
+@all_kernels_and_dtypes
 @pytest.mark.parametrize("case", ["one token", "odd"])
 def test_huge_logits(kernels, dtype, case):
     (query, key, value), keywords, _ = make(case, dtype)
