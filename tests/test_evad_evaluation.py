@@ -185,6 +185,8 @@ def test_activitynet_keeps_fifty_boxes_of_an_image():
 class Oracle(torch.nn.Module):
     """Says what the targets of a dataset say, in its first proposals."""
 
+    padded_size = EVAD.padded_size
+
     def __init__(self, dataset, wrong=0.0):
         super().__init__()
         self.config = EVADConfig.tiny(num_classes=len(dataset.labels))

@@ -41,7 +41,8 @@ Prints a table and writes evaluation.json, evaluation.csv and evaluation.png (an
 
 RULES = {
     "file": "detections take ground truth in the order of the file, as in the evaluator released with EVAD",
-    "tubes": "best score first; tubes of linked detections against tubes of the ground truth",
+    "tubes": "as Kalogeiton et al. (ICCV 2017): best score first, a ground truth taken is out of sight, area by "
+    "trapezoids, boxes of x2 - x1 + 1 pixels; tubes of linked detections against tubes of the ground truth",
     "score": "best score first, at most 50 labelled boxes an image, as in ActivityNet's get_ava_performance.py",
 }
 
@@ -69,9 +70,8 @@ def add_parser(commands) -> None:
     group.add_argument(
         "--match-order",
         choices=("file", "score"),
-        default="file",
-        help="who takes a ground truth that two detections claim: the first of the file, as released, or the one of "
-        "higher score, as ActivityNet's script [file]",
+        help="for ava, who takes a ground truth that two detections claim: the first of the file, as released, or the "
+        "one of higher score, as ActivityNet's script [file]",
     )
     group.add_argument(
         "--labels",
@@ -131,6 +131,11 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--ground-truth and --detections belong together")
     if args.data is not None and args.exclude is not None:
         raise CommandError("--exclude: belongs to --ground-truth; a dataset has an option exclude")
+    if args.protocol in TUBES:
+        for name in ("match_order", "labels", "exclude"):
+            if getattr(args, name) is not None:
+                raise CommandError(f"--{name.replace('_', '-')}: belongs to --protocol ava, not to {args.protocol}")
+    args.match_order = args.match_order or "file"
     folder = writable_folder(args.out)
     baseline = _baseline(args.baseline)
     with ranks() as (rank, _):
@@ -152,20 +157,26 @@ def run(args: argparse.Namespace) -> int:
 
 def _score_files(args: argparse.Namespace) -> tuple[dict, str]:
     from ..data.tubes import read_annotations
-    from ..evaluation import evaluate_ava, read_boxes
-    from ..evaluation.report import frame_document
+    from ..evaluation import evaluate_ava, evaluate_tubes, read_boxes
+    from ..evaluation.report import frame_document, tube_document
 
     classes = _classes(args.labels)
     problems, images = Problems(args.on_error), {}
     title = f"{args.detections} against {args.ground_truth}"
     if args.protocol in TUBES:
         truth = read_annotations(args.ground_truth, problems)
-        detections = read_boxes(args.detections, images, problems)
-        videos = truth.videos("test", args.fold)
-        known = [number for (video, _), number in images.items() if video in videos]
+        detections = read_boxes(args.detections, images, problems, frames=True)
+        frames = {video: truth.frames.get(video, 0) for video in truth.videos("test", args.fold)}
+        known = [number for (video, frame), number in images.items() if frame <= frames.get(video, 0)]
         _remark(args.detections, detections, range(1, len(truth.labels) + 1), known)
-        document = _score_tubes(args, truth, args.fold, detections, images)
-        return document | {"detections": str(args.detections), "skipped_lines": problems.count}, title
+        scores = evaluate_tubes(detections, images, truth, args.fold)
+        document = {
+            **_tube_rule(args.protocol, args.fold),
+            "ground_truth": str(args.ground_truth),
+            "detections": str(args.detections),
+            "skipped_lines": problems.count,
+        }
+        return document | tube_document(scores, dict(enumerate(truth.labels, 1))), title
     truth = read_boxes(args.ground_truth, images, problems, truth=True)
     known = list(images.values())
     if not len(truth.image):
@@ -179,9 +190,7 @@ def _score_files(args: argparse.Namespace) -> tuple[dict, str]:
     if not scores.truths.any():
         raise CommandError(f"--ground-truth: {args.ground_truth} has no box of the {len(classes.counted)} classes")
     document = {
-        "protocol": args.protocol,
-        "match_order": args.match_order,
-        "rule": RULES[args.match_order],
+        **_ava_rule(args.match_order),
         "ground_truth": str(args.ground_truth),
         "detections": str(args.detections),
         "keyframes": len(images) - len(excluded),
@@ -203,14 +212,14 @@ def _remark(path: Path, boxes, classes: Collection[int], images: Collection[int]
         say(f"evad evaluate: {path}: of {len(boxes.label)} boxes, {', '.join(odd)}")
 
 
-def _score_tubes(args: argparse.Namespace, truth, fold: int, detections, images: dict) -> dict:
-    from ..evaluation import JHMDB, UCF101_24, evaluate_tubes
-    from ..evaluation.report import tube_document
+def _ava_rule(match_order: str) -> dict:
+    return {"protocol": "ava", "match_order": match_order, "rule": RULES[match_order]}
 
-    linking = UCF101_24 if args.protocol == "ucf101-24" else JHMDB
-    scores = evaluate_tubes(detections, images, truth, fold, linking)
-    document = {"protocol": args.protocol, "fold": fold, "rule": RULES["tubes"], "linking": linking._asdict()}
-    return document | tube_document(scores, dict(enumerate(truth.labels, 1)))
+
+def _tube_rule(protocol: str, fold: int) -> dict:
+    from ..evaluation import Linking
+
+    return {"protocol": protocol, "fold": fold, "rule": RULES["tubes"], "linking": Linking()._asdict()}
 
 
 def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: int) -> tuple[dict, str]:
@@ -219,8 +228,7 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
     from .. import data
     from ..data.tubes import TubeClips
     from ..evaluation import collect, read_people, score
-    from ..evaluation.model import detections as all_detections
-    from ..evaluation.report import frame_document
+    from ..evaluation.report import frame_document, tube_document
     from ..evaluation.report import number as finite
 
     section = data.split_options(section, args.split)
@@ -240,7 +248,7 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
         raise CommandError(f"--protocol: {args.protocol} needs a dataset of tubes, which {args.data} is not")
     own = ava.Classes(dict(enumerate(labels, 1)), dataset.counted)
     classes = own if args.labels is None else _classes(args.labels)
-    lines, whole = skipped(dataset), dataset
+    lines, tubes = skipped(dataset), dataset if args.protocol in TUBES else None
     if args.limit is not None and args.limit < len(dataset):
         dataset = Subset(dataset, range(args.limit))
     if built.note and not rank:
@@ -260,14 +268,12 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
             progress=progress,
         )
     seconds = time.perf_counter() - begin
-    metrics = score(results, match_order=args.match_order, classes=classes.counted)
+    metrics = score(results, match_order=args.match_order, classes=classes.counted, tubes=tubes)
     if not rank:
         _remark_people(args.boxes, people, results)
         _write_detections(results, folder / "detections.csv")
     document = {
-        "protocol": args.protocol,
-        "match_order": args.match_order,
-        "rule": RULES[args.match_order],
+        **(_ava_rule(args.match_order) if tubes is None else _tube_rule(args.protocol, tubes.fold)),
         "data": args.data,
         "split": args.split,
         "boxes": None if args.boxes is None else str(args.boxes),
@@ -279,12 +285,8 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
         "skipped": lines + problems.count + len(dataset) - len(results),
     }
     title = f"{_title(built)} on {args.data}, {args.split}"
-    if args.protocol in TUBES:
-        images = {found.key: number for number, found in enumerate(results)}
-        truth = whole.annotations.within(images)
-        tubes = _score_tubes(args, truth, whole.fold, all_detections(results), images)
-        return document | tubes, title
-    return document | frame_document(metrics.frame, classes.names), title
+    of_frames = frame_document if tubes is None else tube_document
+    return document | of_frames(metrics.frame, classes.names), title
 
 
 def _remark_people(path: Path | None, people: Mapping | None, results: Sequence) -> None:

@@ -25,13 +25,14 @@ class Tube(NamedTuple):
     """One person's boxes in some frames of a video."""
 
     frames: np.ndarray  # [n] int64, from 1, ascending
-    boxes: np.ndarray  # [n, 4] x1, y1, x2, y2 in parts of the picture
+    boxes: np.ndarray  # [n, 4] x1, y1, x2, y2; in annotations in parts of the picture, where they may reach outside
 
 
 class Annotations(NamedTuple):
     labels: tuple[str, ...]
     tubes: dict[str, list[tuple[int, Tube]]]  # video -> (class from 1, tube)
     frames: dict[str, int]  # video -> number of frames
+    sizes: dict[str, tuple[int, int]]  # video -> height, width
     train: tuple[tuple[str, ...], ...]  # a list of videos a fold
     test: tuple[tuple[str, ...], ...]
 
@@ -57,7 +58,7 @@ def read_annotations(path: str | Path, problems: Problems | None = None) -> Anno
     """Read a pickle of annotations; nothing but arrays and plain containers can come out of it.
 
     Raises:
-        DataError: the file is missing, holds other things, or (policy "fail") a box that cannot be.
+        DataError: the file is missing, holds other things, or (policy "fail") a box or a frame that cannot be.
     """
     problems = Problems() if problems is None else problems
     content = _load(path)
@@ -75,13 +76,14 @@ def read_annotations(path: str | Path, problems: Problems | None = None) -> Anno
             for video, by_label in content["gttubes"].items()
         }
         frames = {str(video): int(number) for video, number in content["nframes"].items()}
+        sizes = {str(video): (int(height), int(width)) for video, (height, width) in content["resolution"].items()}
         folds = [tuple(tuple(map(str, videos)) for videos in content[key]) for key in ("train_videos", "test_videos")]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DataError(f"{path}: is not laid out as annotations of tubes ({type(error).__name__}: {error})") from error
     for video, some in tubes.items():
         if any(not 1 <= label <= len(labels) for label, _ in some):
             raise DataError(f"{path}: {video} has a class that labels does not have")
-    return Annotations(labels, tubes, frames, *folds)
+    return Annotations(labels, tubes, frames, sizes, *folds)
 
 
 _KEYS = {"labels", "gttubes", "nframes", "resolution", "train_videos", "test_videos"}
@@ -92,10 +94,16 @@ def _tube(array, resolution, where: str, problems: Problems) -> Tube | None:
     if array.ndim != 2 or array.shape[1] != 5:
         raise ValueError(f"a tube must be [n, 5], got {list(array.shape)}")
     height, width = resolution
-    boxes = (array[:, 1:] / [width, height, width, height]).clip(0, 1)
-    good = np.isfinite(array).all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1)
-    for frame in array[~good, 0]:
+    boxes, frames = array[:, 1:] / [width, height, width, height], array[:, 0]
+    seen = boxes.clip(0, 1)
+    inside = np.isfinite(array).all(1) & (seen[:, :2] < seen[:, 2:]).all(1)
+    once = np.isin(np.arange(len(frames)), np.unique(frames, return_index=True)[1])
+    numbered = (frames >= 1) & (frames == np.floor(frames)) & once
+    for frame in frames[~inside]:
         problems(f"{where}, frame {frame:g}: the box is empty or outside of the picture")
+    for frame in frames[inside & ~numbered]:
+        problems(f"{where}, frame {frame:g}: frames must be different whole numbers from 1")
+    good = inside & numbered
     order = array[good, 0].argsort(kind="stable")
     return Tube(array[good, 0][order].astype(np.int64), boxes[good][order]) if good.any() else None
 
@@ -148,6 +156,7 @@ class TubeClips(Clips):
 
     annotations: Annotations
     fold: int
+    every: int  # each how-manieth frame they have
 
 
 def read_tubes(
@@ -201,7 +210,7 @@ def read_tubes(
         frames = sorted(boxes) if training else range(1, known.frames.get(video, 0) + 1)
         for frame in frames[::every]:
             people = boxes.get(frame, ())
-            table = np.array([box for _, box in people], np.float64).reshape(-1, 4)
+            table = np.array([box for _, box in people], np.float64).reshape(-1, 4).clip(0, 1)
             labels = np.eye(len(known.labels), dtype=np.float32)[[label - 1 for label, _ in people]]
             entries.append(Entry((video, float(frame)), path, frame - 1, table, labels))
     if not entries:
@@ -218,5 +227,5 @@ def read_tubes(
         pixel_mean=pixel_mean,
         pixel_std=pixel_std,
     )
-    clips.annotations, clips.fold = known, fold
+    clips.annotations, clips.fold, clips.every = known, fold, every
     return clips

@@ -3,15 +3,14 @@
 from .ava import EVALUATED, AvaScores, evaluate_ava, read_boxes
 from .average_precision import STRICT, Boxes, average_precision
 from .model import Metrics, collect, evaluate, read_people, score
-from .tubes import JHMDB, UCF101_24, TubeScores, evaluate_tubes
+from .tubes import Linking, TubeScores, evaluate_tubes
 
 __all__ = [
     "EVALUATED",
-    "JHMDB",
     "STRICT",
-    "UCF101_24",
     "AvaScores",
     "Boxes",
+    "Linking",
     "Metrics",
     "TubeScores",
     "average_precision",

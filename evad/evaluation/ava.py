@@ -3,6 +3,7 @@
 ``match_order="file"`` is the evaluator released with EVAD: detections take ground truth in the order of the file, and
 all of them count. ``match_order="score"`` is ActivityNet's own get_ava_performance.py: best score first, and only the
 50 best labelled boxes of an image count. Detections of one image in descending order of score give the same in both.
+Of equal scores the first ranks first; both evaluators leave that to a sort that is not stable.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..ava import EVALUATED, read_rows
 from ..problems import Problems
-from .average_precision import STRICT, Boxes, average_precision
+from .average_precision import STRICT, Boxes, average_precision, mean
 
 CAPACITY = 50  # labelled boxes of an image that ActivityNet's script keeps
 
@@ -34,11 +35,9 @@ class AvaScores(NamedTuple):
         """mAP at IoU 0.5, over classes that have ground truth; NaN where none has."""
         return mean(self.ap)
 
-
-def mean(ap: np.ndarray) -> float:
-    """Mean over classes with ground truth, NaN where there is none."""
-    known = ap[~np.isnan(ap)]
-    return float(known.mean()) if len(known) else float("nan")
+    def summary(self) -> dict[str, float]:
+        """The numbers to log."""
+        return {"mAP@0.5": self.mean, "mAP@0.5:0.95": float(self.strict.mean())}
 
 
 def evaluate_ava(
@@ -85,18 +84,27 @@ def _best(boxes: Boxes, capacity: int) -> np.ndarray:
 
 
 def read_boxes(
-    path: str | Path, images: dict[tuple[str, float], int], problems: Problems | None = None, *, truth: bool = False
+    path: str | Path,
+    images: dict[tuple[str, float], int],
+    problems: Problems | None = None,
+    *,
+    truth: bool = False,
+    frames: bool = False,
 ) -> Boxes:
     """Boxes of a CSV in AVA's format; ``images`` numbers (video id, second), and new ones are added to it.
 
     Args:
         truth: They are ground truth, whose boxes must lie in the picture and have an area; detections may be anything.
+        frames: Timestamps are numbers of frames, from 1.
     Raises:
-        DataError: see ``evad.ava.read_rows``; a box that cannot be.
+        DataError: see ``evad.ava.read_rows``; a box or a frame that cannot be.
     """
     problems = Problems() if problems is None else problems
     image, label, box, score = [], [], [], []
     for row in read_rows(path, problems):
+        if frames and not (row.second >= 1 and row.second.is_integer()):
+            problems(f"{path}, line {row.line}: the timestamp must be a frame's number, from 1, got {row.second:g}")
+            continue
         number = images.setdefault((row.video, row.second), len(images))
         if truth and row.place and row.wrong:
             problems(f"{path}, line {row.line}: {row.wrong}")

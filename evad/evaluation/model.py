@@ -16,10 +16,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..ava import read_rows
 from ..data.sample import Batch, collate
+from ..data.tubes import TubeClips
 from ..detector import EVAD, EVADOutput, select_detections
+from ..losses import PERSON
 from ..problems import DataError, Problems
-from .ava import AvaScores, evaluate_ava, mean
-from .average_precision import Boxes, area_under_curve, average_precision, iou
+from .ava import AvaScores, evaluate_ava
+from .average_precision import Boxes, area_under_curve, average_precision, iou, mean
+from .tubes import LINKING, TubeScores, evaluate_tubes
 
 MATCHED = 0.5  # IoU from which a proposal speaks for a ground-truth box
 
@@ -79,7 +82,7 @@ class Found(NamedTuple):
 class Metrics(NamedTuple):
     """Fractions, in [0, 1]; NaN where there is nothing to measure."""
 
-    frame: AvaScores
+    frame: AvaScores | TubeScores  # by the dataset's own protocol
     person_ap: float  # all proposals by person score, at IoU 0.5
     action_ap: np.ndarray  # [classes] over ground-truth boxes with a proposal of IoU 0.5 or more, by its action scores
     kept_inside: float  # kept tokens in a ground-truth box (paper, Fig. 7), after the last pruning
@@ -90,8 +93,7 @@ class Metrics(NamedTuple):
     def summary(self) -> dict[str, float]:
         """The numbers to log."""
         return {
-            "mAP@0.5": self.frame.mean,
-            "mAP@0.5:0.95": float(self.frame.strict.mean()),
+            **self.frame.summary(),
             "person_AP@0.5": self.person_ap,
             "matched_action_mAP": mean(self.action_ap),
             "kept_inside_truth": self.kept_inside,
@@ -106,14 +108,15 @@ def evaluate(model: EVAD, dataset: Dataset, *, match_order: str = "file", **opti
 
     Args:
         model: Evaluated in evaluation mode; its own mode is restored.
-        dataset: Not augmented. Its ``counted``, if it has that, are the classes that the frame mAP counts.
+        dataset: Not augmented. ``TubeClips`` are scored as ``evad.evaluation.tubes`` says, on the frames that they
+            have; others as AVA, where its ``counted``, if it has that, are the classes that the frame mAP counts.
         match_order: "file" (proposals in their order, as released) or "score"; see ``evad.evaluation.ava``.
         options: As for ``collect``.
     Returns:
         The same on every rank; with another number of ranks the same up to rounding.
     """
-    counted = getattr(dataset, "counted", None)
-    return score(collect(model, dataset, **options), match_order=match_order, classes=counted)
+    counted, tubes = getattr(dataset, "counted", None), dataset if isinstance(dataset, TubeClips) else None
+    return score(collect(model, dataset, **options), match_order=match_order, classes=counted, tubes=tubes)
 
 
 def collect(
@@ -196,10 +199,10 @@ def _found(
     """What was found in each clip of a batch; ``index`` is its place in the batch."""
     output = EVADOutput(*(part.float().cpu() for part in output[:3]), tuple(kept.cpu() for kept in output.kept[-1:]))
     sizes = [tuple(clip.shape[-2:]) for clip in batch.clips]
-    persons = output.person_logits.softmax(-1)[..., 0].numpy()
+    persons = output.person_logits.softmax(-1)[..., PERSON].numpy()
     actions = output.action_logits.sigmoid().numpy()
-    divisor, patch = model.config.size_divisor, model.config.patch_size
-    grid = [-(-max(side) // divisor) * divisor // patch for side in zip(*sizes, strict=True)]
+    patch = model.config.patch_size
+    grid = [side // patch for side in model.padded_size(sizes)]
     for index, (size, target) in enumerate(zip(sizes, batch.targets, strict=True)):
         whwh = np.array((size[1], size[0]) * 2, np.float64)
         count = output.boxes.shape[1] if given is None else len(given[index].boxes)  # the others are padding
@@ -245,8 +248,21 @@ def _inside(truth, kept, grid, size, patch, keyframe) -> tuple[float, float, flo
     return tuple(float(part.mean()) if len(part) else float("nan") for part in parts)
 
 
-def score(results: Sequence[Found], *, match_order: str = "file", classes: Sequence[int] | None = None) -> Metrics:
-    """Metrics of what was found in all clips; ``classes`` (ids from 1) are those that the frame mAP counts."""
+def score(
+    results: Sequence[Found],
+    *,
+    match_order: str = "file",
+    classes: Sequence[int] | None = None,
+    tubes: TubeClips | None = None,
+) -> Metrics:
+    """Metrics of what was found in all clips.
+
+    Args:
+        match_order: As for ``evaluate``.
+        classes: Ids (from 1) of those that AVA's frame mAP counts; None for all.
+        tubes: The dataset, to score it by its own protocol in place of AVA's: ground truth of the clips' frames, all
+            classes, and video mAP if it has every frame.
+    """
     if not results:
         raise DataError("the dataset has no clip that can be read")
     labels = range(1, results[0].labels.shape[1] + 1) if classes is None else classes
@@ -261,8 +277,14 @@ def score(results: Sequence[Found], *, match_order: str = "file", classes: Seque
         means = [
             float(column[~np.isnan(column)].mean()) if (~np.isnan(column)).any() else np.nan for column in inside.T
         ]
+    if tubes is None:
+        frame = evaluate_ava(detections(results), truth, labels, match_order=match_order)
+    else:
+        images = {found.key: number for number, found in enumerate(results)}
+        linking = LINKING if tubes.every == 1 else None
+        frame = evaluate_tubes(detections(results), images, tubes.annotations.within(images), tubes.fold, linking)
     return Metrics(
-        evaluate_ava(detections(results), truth, labels, match_order=match_order),
+        frame,
         float(average_precision(people, present, [1])[0, 0]),
         _action_ap(results),
         *means,

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..draw import brief
-from .ava import AvaScores, mean
-from .average_precision import STRICT
+from .ava import AvaScores
+from .average_precision import STRICT, mean
 from .tubes import TubeScores
 
 INK, FAINT, GRID, OURS, THEIRS = "#1d2430", "#69717f", "#e3e6eb", "#e8590c", "#adb5bd"
@@ -55,8 +55,7 @@ def tube_document(scores: TubeScores, names: Mapping[int, str]) -> dict:
         }
         for label, ap, video, truths, found in frame
     ]
-    video = {f"video_mAP@{iou}": number(value) for iou, value in scores.video_map().items()}
-    return {"mAP@0.5": number(scores.mean), **video, "classes": classes}
+    return {**{name: number(value) for name, value in scores.summary().items()}, "classes": classes}
 
 
 def number(value: float) -> float | None:

@@ -1,12 +1,22 @@
-"""Frame mAP and video mAP of UCF101-24 and JHMDB.
+"""Frame mAP and video mAP of UCF101-24 and JHMDB, as Kalogeiton et al. published them.
 
-Frame mAP: every frame is an image; PASCAL VOC's average precision, best score first. Video mAP: detections of a class
-are linked to tubes, frame by frame; a tube is right if its class is, and its spatio-temporal IoU with a ground-truth
-tube reaches the threshold; average precision over tubes.
+The rules are those of the evaluation that came with the action tubelet detector (ICCV 2017), which MOC (Li et al., ECCV
+2020) has, too; most published numbers of these two datasets follow it, some PASCAL VOC's. EVAD does not say which.
 
-Linking is the greedy one of Singh et al. (ICCV 2017) and Kalogeiton et al. (ICCV 2017): tubes, best mean score first,
-take the best box that overlaps their last one enough; boxes left over begin tubes; a tube that finds none for some
-frames ends. Spatio-temporal IoU is theirs too: the temporal IoU times the mean IoU of boxes over frames in common.
+* Boxes are in pixels of the video and reach to the end of their last one: a box is x2 - x1 + 1 wide.
+* Detections of a class, best score first, take the ground truth of their image that they overlap most, if the IoU
+  reaches the threshold. It is then gone: a later detection may take the next. AP is the area under the precision-recall
+  curve by trapezoids, from precision 1 at recall 0; precision is not made monotone.
+* Frame mAP: an image is a frame. What overlaps a better box is not dropped; that is a detector's own affair.
+* Video mAP: detections of a class are linked, frame by frame, and an image is a video. Of a frame's boxes the 10 best
+  count that no better one overlaps by more than 0.3. Tubes, best mean score first, take the best box whose IoU with
+  their last one is at least 0.2; boxes left over begin tubes; a tube that finds none for five frames ends. Tubes of
+  less than 15 frames or a score below 0.01 are dropped, and then those that overlap a better one by more than 0.3.
+* Spatio-temporal IoU: that of the sets of frames, times the mean IoU of boxes over frames in common.
+* mAP is the mean over classes; video mAP at 0.5:0.95 the mean of ten of these.
+
+A frame's detections are tubelets of one frame here, so frames that a tube passes over have no boxes of tubelets around
+them: boxes are interpolated. Of equal scores the first comes first.
 """
 
 from __future__ import annotations
@@ -17,27 +27,39 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.tubes import Annotations, Tube
-from .ava import mean
-from .average_precision import STRICT, Boxes, average_precision, iou
+from ..problems import DataError
+from .average_precision import (
+    STRICT,
+    Boxes,
+    Overlap,
+    average_precision,
+    iou,
+    mean,
+    near,
+    take_turns,
+    trapezoids,
+)
 
 VIDEO_THRESHOLDS = (0.2, 0.5, 0.75)
 
 
 class Linking(NamedTuple):
-    """How detections become tubes."""
+    """How detections become tubes; as published, for both datasets."""
 
     best: int = 10  # boxes of a class and frame that are looked at
-    nms: float = 0.3  # boxes of a class that overlap a better one by this much are dropped first
-    overlap: float = 0.5  # IoU of a box with a tube's last one, from which it can continue the tube
-    patience: int = 5  # frames without a box after which a tube ends; shorter gaps are filled in between
-    shortest: int = 1  # frames of a tube that counts
+    nms: float = 0.3  # boxes of a class that overlap a better one by more are dropped first
+    overlap: float = 0.2  # IoU of a box with a tube's last one, from which it can continue the tube
+    patience: int = 5  # frames after a tube's last box in which it may go on; those in between are filled in
+    shortest: int = 15  # frames of a tube that counts
+    least: float = 0.01  # score of a tube that counts
     tube_nms: float = 0.3  # the same as ``nms``, of whole tubes
 
 
-UCF101_24, JHMDB = Linking(shortest=15), Linking()
+LINKING = Linking()
 
 
 class ScoredTube(NamedTuple):
+    group: int  # class and video
     tube: Tube
     score: float  # mean of its boxes
 
@@ -47,7 +69,7 @@ class TubeScores(NamedTuple):
 
     labels: tuple[int, ...]
     frame_ap: np.ndarray  # [labels] at IoU 0.5
-    video_ap: np.ndarray  # [thresholds, labels], thresholds VIDEO_THRESHOLDS then STRICT
+    video_ap: np.ndarray | None  # [thresholds, labels], thresholds VIDEO_THRESHOLDS then STRICT; None if not asked for
     truths: np.ndarray  # [labels] boxes of the ground truth
     detections: np.ndarray  # [labels] boxes detected
 
@@ -61,9 +83,18 @@ class TubeScores(NamedTuple):
         values = {f"{iou:g}": mean(row) for iou, row in zip(VIDEO_THRESHOLDS, self.video_ap, strict=False)}
         return values | {"0.5:0.95": float(np.mean([mean(row) for row in self.video_ap[len(VIDEO_THRESHOLDS) :]]))}
 
+    def summary(self) -> dict[str, float]:
+        """The numbers to log."""
+        video = {} if self.video_ap is None else self.video_map()
+        return {"mAP@0.5": self.mean, **{f"video_mAP@{iou}": value for iou, value in video.items()}}
+
 
 def evaluate_tubes(
-    detections: Boxes, images: Mapping[tuple[str, float], int], truth: Annotations, fold: int, linking: Linking
+    detections: Boxes,
+    images: Mapping[tuple[str, float], int],
+    truth: Annotations,
+    fold: int,
+    linking: Linking | None = LINKING,
 ) -> TubeScores:
     """Score detections of all frames of the test videos of a fold.
 
@@ -72,55 +103,70 @@ def evaluate_tubes(
         images: (video, frame from 1) -> number.
         truth: The annotations.
         fold: Which split, from 1.
-        linking: How detections become tubes.
+        linking: How detections become tubes; None for frame mAP only.
+    Raises:
+        DataError: a frame is no whole number from 1.
     """
     videos = {video: number for number, video in enumerate(truth.videos("test", fold))}
     labels = range(1, len(truth.labels) + 1)
     place = np.full((max(images.values(), default=-1) + 1, 2), -1)  # image -> video, frame
     for (video, frame), number in images.items():
+        if frame < 1 or frame != int(frame):
+            raise DataError(f"{video}: frames must be whole numbers from 1, got {frame:g}")
         place[number] = videos.get(video, -1), frame
     detections = detections.take(np.isin(detections.label, labels))
     detections = detections.take(place[detections.image, 0] >= 0)
     video, frame = place[detections.image].T
-    spans = max([*truth.frames.values(), *frame.tolist(), 0]) + 1
-    frame_truth, tubes = _truth(truth, videos, spans)
-    frame_ap = average_precision(detections._replace(image=video * spans + frame), frame_truth, labels)[0]
+    sizes = np.array([truth.sizes[name] for name in videos], np.float64).reshape(-1, 2)
+    detections = detections._replace(image=video, box=_pixels(detections.box, sizes[video]))
+    known = [
+        (number, label, Tube(tube.frames, _pixels(tube.boxes, sizes[[number]])))
+        for name, number in videos.items()
+        for label, tube in truth.tubes.get(name, ())
+    ]
+    spans = max([*frame.tolist(), *(int(tube.frames.max()) for _, _, tube in known), 0]) + 1
+    frame_truth = _frames(known, spans)
+    frame_ap = _average_precision(detections._replace(image=video * spans + frame), frame_truth, labels)[0]
+    counts = [np.array([(boxes.label == label).sum() for label in labels]) for boxes in (frame_truth, detections)]
+    if linking is None:
+        return TubeScores(tuple(labels), frame_ap, None, *counts)
 
-    found: list[tuple[int, int, ScoredTube]] = []
     group = video * (len(labels) + 1) + detections.label
-    order = group.argsort(kind="stable")
-    for rows in np.split(order, np.nonzero(np.diff(group[order]))[0] + 1):
-        if len(rows):
-            boxes, score = detections.box[rows], detections.score[rows]
-            linked = link(frame[rows], boxes, score, linking)
-            found += [(int(video[rows[0]]), int(detections.label[rows[0]]), tube) for tube in linked]
-    thresholds = (*VIDEO_THRESHOLDS, *STRICT)
-    scored, known = [tube for _, _, tube in found], [tube for _, _, tube in tubes]
+    found = link(group, frame, detections.box, detections.score, linking)
 
     def overlap(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         pairs = zip(mine[:, 0].astype(int), theirs[:, 0].astype(int), strict=True)
-        return np.array([tube_iou(scored[i].tube, known[j]) for i, j in pairs])
+        return np.array([tube_iou(found[i].tube, known[j][2]) for i, j in pairs])
 
-    video_ap = average_precision(
-        _numbered([entry[:2] for entry in found], [tube.score for tube in scored]),
-        _numbered([entry[:2] for entry in tubes], np.ones(len(tubes))),
+    video_ap = _average_precision(
+        _numbered([divmod(tube.group, len(labels) + 1) for tube in found], [tube.score for tube in found]),
+        _numbered([entry[:2] for entry in known], np.ones(len(known))),
         labels,
-        thresholds,
-        overlap=overlap,
+        (*VIDEO_THRESHOLDS, *STRICT),
+        overlap,
     )
-    counts = [np.array([(boxes.label == label).sum() for label in labels]) for boxes in (frame_truth, detections)]
     return TubeScores(tuple(labels), frame_ap, video_ap, *counts)
 
 
-def _truth(truth: Annotations, videos: Mapping[str, int], spans: int) -> tuple[Boxes, list[tuple[int, int, Tube]]]:
-    """Ground truth as boxes of images numbered video * spans + frame, and as tubes (video, class, tube)."""
-    tubes = [(number, *entry) for video, number in videos.items() for entry in truth.tubes.get(video, ())]
+def _average_precision(
+    detections: Boxes, truth: Boxes, labels: Sequence[int], thresholds: Sequence[float] = (0.5,), overlap: Overlap = iou
+) -> np.ndarray:
+    return average_precision(detections, truth, labels, thresholds, overlap=overlap, second_best=True, area=trapezoids)
+
+
+def _pixels(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes in parts of pictures of ``sizes`` (height, width), up to the end of their last pixels."""
+    return boxes * sizes[:, [1, 0, 1, 0]] + [0, 0, 1, 1]
+
+
+def _frames(tubes: Sequence[tuple[int, int, Tube]], spans: int) -> Boxes:
+    """Tubes (video, class, tube) as boxes of images numbered video * spans + frame."""
+    if not tubes:
+        return Boxes(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 4)), np.zeros(0))
     image = [number * spans + tube.frames for number, _, tube in tubes]
     label = [np.full(len(tube.frames), label) for _, label, tube in tubes]
-    if not tubes:
-        return Boxes(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 4)), np.zeros(0)), []
     box = np.concatenate([tube.boxes for _, _, tube in tubes])
-    return Boxes(np.concatenate(image), np.concatenate(label), box, np.ones(len(box))), tubes
+    return Boxes(np.concatenate(image), np.concatenate(label), box, np.ones(len(box)))
 
 
 def _numbered(places: Sequence[tuple[int, int]], score: Sequence[float]) -> Boxes:
@@ -138,52 +184,89 @@ def tube_iou(a: Tube, b: Tube) -> float:
     return float(iou(a.boxes[mine], b.boxes[theirs]).sum() / union)  # sum = mean * common frames
 
 
-def link(frames: np.ndarray, boxes: np.ndarray, scores: np.ndarray, linking: Linking) -> list[ScoredTube]:
-    """Tubes of one class in one video, best first.
+def link(
+    group: np.ndarray, frames: np.ndarray, boxes: np.ndarray, scores: np.ndarray, linking: Linking = LINKING
+) -> list[ScoredTube]:
+    """Tubes, those of a group together, best first.
 
     Args:
-        frames: Frame of every detection, [N] int.
+        group: Class and video of every detection, [N] int; detections of different ones do not meet.
+        frames: Its frame, [N] int from 1.
         boxes, scores: [N, 4], [N].
     """
-    going: list[list[int]] = []  # rows of each tube under way
-    ended: list[list[int]] = []
-    order = np.lexsort((-scores, frames))
-    for rows in np.split(order, np.nonzero(np.diff(frames[order]))[0] + 1):
-        if not len(rows):
-            break
-        frame = frames[rows[0]]
-        rows = suppress(rows, boxes, linking.nms, linking.best)
-        late = [tube for tube in going if frame - frames[tube[-1]] > linking.patience]
-        ended += late
-        going = [tube for tube in going if not any(tube is other for other in late)]
-        going.sort(key=lambda tube: -scores[tube].mean())
-        free = list(rows)
-        for tube in going:
-            value = iou(np.repeat(boxes[[tube[-1]]], len(free), 0), boxes[free]) if free else np.zeros(0)
-            near = [row for row, overlap in zip(free, value, strict=True) if overlap >= linking.overlap]
-            if near:
-                tube.append(near[0])  # free is sorted by score
-                free.remove(near[0])
-        going += [[row] for row in free]
-    tubes = [ScoredTube(_filled(frames[rows], boxes[rows]), float(scores[rows].mean())) for rows in ended + going]
-    tubes = [scored for scored in tubes if len(scored.tube.frames) >= linking.shortest]
-    tubes.sort(key=lambda scored: -scored.score)
-    kept: list[ScoredTube] = []
-    for scored in tubes:
-        if all(tube_iou(scored.tube, other.tube) < linking.tube_nms for other in kept):
-            kept.append(scored)
-    return kept
+    if not len(group):
+        return []
+    order = np.lexsort((-scores, frames, group))
+    spans = frames.max() + 1
+
+    def overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return iou(boxes[order[a]], boxes[order[b]])
+
+    rows = order[suppress((group * spans + frames)[order], overlap, linking.nms, linking.best)]
+    tube = _follow(group[rows], frames[rows], boxes[rows], scores[rows], linking)
+    order = np.lexsort((frames[rows], tube))
+    rows, tube = rows[order], tube[order]
+    begin = np.flatnonzero(np.diff(tube, prepend=-1))
+    end = np.append(begin[1:], len(rows))
+    means = np.add.reduceat(scores[rows], begin) / (end - begin)
+    length = frames[rows[end - 1]] - frames[rows[begin]] + 1
+    counted = (means >= linking.least) & (length >= linking.shortest)
+    tubes = [
+        ScoredTube(int(group[rows[first]]), _filled(frames[rows[first:last]], boxes[rows[first:last]]), float(mean))
+        for first, last, mean in zip(begin[counted], end[counted], means[counted], strict=True)
+    ]
+    tubes.sort(key=lambda scored: (scored.group, -scored.score))
+
+    def tube_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.array([tube_iou(tubes[i].tube, tubes[j].tube) for i, j in zip(a, b, strict=True)])
+
+    kept = suppress(np.array([scored.group for scored in tubes], np.int64), tube_overlap, linking.tube_nms)
+    return [tubes[row] for row in kept]
 
 
-def suppress(rows: np.ndarray, boxes: np.ndarray, threshold: float, most: int) -> np.ndarray:
-    """The first ``most`` of ``rows`` (best first) that no better one overlaps by ``threshold``."""
-    kept: list[int] = []
-    for row in rows:
-        if len(kept) == most:
+def suppress(group: np.ndarray, overlap: Overlap, threshold: float, most: int | None = None) -> np.ndarray:
+    """Rows that no better one kept of their group overlaps by more than ``threshold``; of these the first ``most``.
+
+    Args:
+        group: [N], those of a group together and best first.
+        overlap: Of rows [n] with rows [n].
+    """
+    left, kept = np.arange(len(group)), []
+    for _ in range(len(group) if most is None else most):
+        begins = np.diff(group[left], prepend=-1) != 0
+        kept.append(left[begins])
+        better = left[begins][np.cumsum(begins) - 1][~begins]
+        left = left[~begins]
+        left = left[overlap(better, left) <= threshold]
+        if not len(left):
             break
-        if not kept or iou(np.repeat(boxes[[row]], len(kept), 0), boxes[kept]).max() < threshold:
-            kept.append(int(row))
-    return np.array(kept, np.int64)
+    return np.sort(np.concatenate(kept)) if kept else left
+
+
+def _follow(
+    group: np.ndarray, frames: np.ndarray, boxes: np.ndarray, scores: np.ndarray, linking: Linking
+) -> np.ndarray:
+    """The tube of every box; boxes of a frame and group come best first."""
+    tube, count = np.empty(len(frames), np.int64), 0
+    latest, total, length = (np.zeros(len(frames), kind) for kind in (np.int64, np.float64, np.int64))  # of tubes
+    going = np.zeros(0, np.int64)  # tubes that may go on
+    order = frames.argsort(kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(frames[order])) + 1):
+        going = going[frames[rows[0]] - frames[latest[going]] <= linking.patience]
+        going = going[np.lexsort((-total[going] / length[going], group[latest[going]]))]
+        free = np.ones(len(rows), bool)
+        last = latest[going]
+        one, box, _ = near(group[last], group[rows], boxes[last], boxes[rows], linking.overlap)
+        pairs = take_turns(group[rows[box]], one, box)
+        tube[rows[box[pairs]]] = going[one[pairs]]
+        free[box[pairs]] = False
+        begun = np.arange(count, count + free.sum())
+        tube[rows[free]], count = begun, count + len(begun)
+        np.add.at(total, tube[rows], scores[rows])
+        np.add.at(length, tube[rows], 1)
+        latest[tube[rows]] = rows
+        going = np.append(going, begun)
+    return tube
 
 
 def _filled(frames: np.ndarray, boxes: np.ndarray) -> Tube:
