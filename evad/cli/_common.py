@@ -66,9 +66,11 @@ def add_model_arguments(
     )
     where = "cuda if there is one" if device == "auto" else device
     group.add_argument("--device", default=device, metavar="NAME", help=f"cpu, cuda, cuda:1, ... [{where}]")
-    kind = "auto: float32; bfloat16 on a GPU" if dtype == "auto" else dtype
     group.add_argument(
-        "--dtype", choices=(*DTYPES, "auto"), default=dtype, help=f"of weights and tokens; never of boxes [{kind}]"
+        "--dtype",
+        choices=(*DTYPES, "auto"),
+        default=dtype,
+        help=f"of weights and tokens, never of boxes; auto is bfloat16 on a GPU, else float32 [{dtype}]",
     )
 
 
