@@ -2,7 +2,8 @@
 
 A recorded video is decoded in a thread that runs ahead until its queue is full, so every keyframe is looked at and
 memory is bounded. A live one is decoded as it comes: where the model falls behind, the newest clip wins and others are
-dropped, so what is reported is never older than two runs of the model, however long the source goes on.
+dropped, so what is reported is never older than the rest of a clip after its keyframe (0.9 seconds) and two runs of the
+model, however long the source goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from . import compiled
 from .compiled import Compiled
 from .detector import EVAD, Detections, Scored, select_detections
-from .video import Clip, ClipSampler, Frame, Video
+from .video import ROUNDING, Clip, ClipSampler, Frame, Video
 
 
 class Step(NamedTuple):
@@ -100,6 +101,7 @@ class LiveReader:
         self.ended = False
         self._error: BaseException | None = None
         self._newest: tuple[Clip, float] | None = None
+        self._came: deque[tuple[float, float]] = deque()  # a frame's time, and the clock then
         self._frames: deque[Frame] = deque()
         self._most = frames
         self._changed = threading.Condition()
@@ -108,7 +110,7 @@ class LiveReader:
         self._thread.start()
 
     def take(self, timeout: float) -> tuple[Clip, float] | None:
-        """The newest clip that was not taken, and when it was complete (``time.perf_counter``); None after a time."""
+        """The newest clip that was not taken, and when its keyframe came (``time.perf_counter``); None after a time."""
         with self._changed:
             self._changed.wait_for(lambda: self._newest is not None or self.ended, timeout)
             if self._error is not None:
@@ -133,7 +135,9 @@ class LiveReader:
             for frame in video.frames():
                 if self._closed or frame.time > end:
                     break
+                self._came.append((frame.time, time.perf_counter()))
                 self._give(sampler.push(frame), frame)
+                self._seen(sampler.next_time)
             if not self._closed:
                 self._give(sampler.finish(), None)
         except BaseException as error:  # is raised where the clips are taken
@@ -148,13 +152,19 @@ class LiveReader:
             for clip in complete:
                 self.clips += 1
                 self.dropped_clips += self._newest is not None
-                self._newest = clip, time.perf_counter()
+                self._newest = clip, self._seen(clip.time)
                 self._changed.notify()
             if frame is not None and self._most:
                 self._frames.append(frame)
                 if len(self._frames) > self._most:
                     self._frames.popleft()
                     self.dropped_frames += 1
+
+    def _seen(self, at: float) -> float:
+        """When the frame shown at a time came; those before it are forgotten."""
+        while len(self._came) > 1 and self._came[1][0] <= at + ROUNDING:
+            self._came.popleft()
+        return self._came[0][1]
 
 
 class Found(NamedTuple):

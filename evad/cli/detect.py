@@ -47,8 +47,9 @@ Writes to the --out folder, for a video called party.mp4:
   party.detections.json   the people who reach --threshold, with their best actions, and what was run
 
 A live source (a camera, an address, a pipe) is looked at as it comes: where the model falls behind, the newest
-keyframe wins, the others are dropped and counted, and the video shows the boxes known when a frame came. --no-live
-looks at every keyframe, and lets the source wait.
+keyframe wins, the others are dropped and counted, and the video shows the boxes known when a frame came. The JSON's
+latency_seconds count from when the keyframe came; a clip lasts 0.9 seconds longer. --no-live looks at every keyframe,
+and lets the source wait.
 
 Of several videos also detections.csv, all together. They are shared by the processes that torchrun starts; a video that
 cannot be read is said and left out.
@@ -411,9 +412,9 @@ def detect(
                     if frame.time <= end:
                         write(frame)
                 if taken is not None:
-                    clip, complete = taken
+                    clip, seen = taken
                     for _, found in runner.submit([clip], threshold) + runner.finish():
-                        record(clip, found, time.perf_counter() - complete)
+                        record(clip, found, time.perf_counter() - seen)
                     progress(clip.time, keyframes, frames)
                 elif ended:
                     break
