@@ -178,6 +178,25 @@ def test_augmentation_depends_on_seed_epoch_and_index(tmp_path):
     assert still[0].clip.shape[2] == 48  # other splits are not augmented
 
 
+@pytest.mark.parametrize(
+    ("labels", "sided"),
+    [
+        ("walk left\nwalk right\njump\n", "walk left, walk right"),
+        ("TurnLeft\nhold\n", "TurnLeft"),
+        ("turn_RIGHT\nhold\n", "turn_RIGHT"),
+        ("stand upright\nbright\nleftover\n", None),
+    ],
+)
+def test_mirror_images_of_classes_with_sides_warn(tmp_path, recwarn, labels, sided):
+    own(tmp_path, [GOOD])
+    (tmp_path / "sides.txt").write_text(labels)
+    for split, options in (("train", {}), ("train", {"flip": 0}), ("val", {})):
+        own(tmp_path, [GOOD], split=split, labels=tmp_path / "sides.txt", **options)
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (sided is not None)
+    assert not said or f"({sided}): set flip to 0" in said[0]
+
+
 def test_ava_starts_at_minute_fifteen(tmp_path):
     frames_folder(tmp_path / "media" / "v", count=45, first=0)
     (tmp_path / "gt.csv").write_text("v,0901,0.1,0.1,0.5,0.5,80,0\n")
@@ -328,8 +347,8 @@ def test_values_of_synthetic_options_are_named():
 
 
 def test_numbers_that_yaml_takes_for_text(written):
-    dataset = data.build(section(written, flip="5e-1", start=0, exclude=None, short_sides=None), "train")
-    assert dataset.flip == 0.5
+    dataset = data.build(section(written, flip="0e-1", start=0, exclude=None, short_sides=None), "train")
+    assert dataset.flip == 0
 
 
 # Labels

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from evad.data import Synthetic, synthetic
+from evad.data.actors import ACTIONS
+from evad.recipe import read_run
+from evad.training import prepare
 from evad_kernels import _backend
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +28,19 @@ def test_code_runs_without_a_network(block, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     exec(compile(BLOCKS[block], block, "exec"), {"__name__": "guide"})
+
+
+def test_configuration_for_ones_own_data_reads_what_evad_writes(tmp_path, monkeypatch, recwarn):
+    """``python -m evad.data FOLDER`` writes what the YAML names."""
+    (tmp_path / "own.yaml").write_text(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1])
+    for split in ("train", "val"):
+        synthetic.write(Synthetic(split, clips=2, size=(32, 48), fresh=False), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    _, clips, held_out = prepare(read_run("own.yaml"))
+    for made in (clips, held_out):
+        assert made.labels == ACTIONS and len(made) == 2 and made.flip == 0
+        assert made[0].key[1] == synthetic.KEYFRAME and made[0].clip.shape == (3, 16, 224, 336)
+    assert not recwarn.list
 
 
 def test_guides_are_linked_and_their_links_exist():

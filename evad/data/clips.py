@@ -6,6 +6,8 @@ As the released EVAD does it: mirror images, bilinear resizing of the short side
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,9 @@ from ..problems import DataError, Problems
 from ..video import MAX_SIZE, VideoError, normalize, resize, resized
 from .media import Sampling, read_frames
 from .sample import Sample
+
+# As a word: of "turn left", "TurnLeft" or "turn_left", not of "upright".
+_SIDE = re.compile(r"(?<![A-Za-z])(?i:left|right)(?![a-z])|(?:Left|Right)(?![a-z])")
 
 
 class Entry(NamedTuple):
@@ -62,7 +67,7 @@ class Clips(Dataset):
             short_sides: Pixels of the short side, one of them at random.
             counted: Ids (from 1) of the classes that evaluation counts; None for all.
             max_size: Pixels that the long side has at most.
-            flip: Probability of a mirror image.
+            flip: Probability of a mirror image; a warning where a label's name has "left" or "right" in it.
             seed: Of the choice of side and flip.
             pixel_mean, pixel_std: Pixels in [0, 1] become (pixel - mean) / std.
         """
@@ -73,6 +78,12 @@ class Clips(Dataset):
         self.epoch = 0
         if not self.entries:
             raise DataError("the dataset has no keyframe in it")
+        if flip > 0 and (sided := [name for name in self.labels if _SIDE.search(name)]):
+            warnings.warn(
+                f"data: flip = {flip:g} shows mirror images under unchanged labels, of which some tell left from right "
+                f"({', '.join(sided)}): set flip to 0",
+                stacklevel=3,
+            )
 
     def __len__(self) -> int:
         return len(self.entries)
