@@ -27,6 +27,7 @@ class EVADConfig:
     # Clip (Table 6, "data" and "cube")
     num_frames: int = 16  # frames a clip
     frame_stride: int = 4  # video frames from one frame of a clip to the next
+    frame_rate: float = 30.0  # video frames a second that frame_stride counts, whatever the video's own rate
     short_side: int = 224  # pixels; 288 in the comparison with the state of the art
     pixel_mean: float = 0.45  # pixels in [0, 1] are normalised to (pixel - mean) / std, on all channels
     pixel_std: float = 0.225
@@ -283,6 +284,7 @@ _AT_LEAST_0: _Range = "a number of at least 0", lambda value: 0 <= value < math.
 _ABOVE_0: _Range = "a number above 0", lambda value: 0 < value < math.inf
 _BELOW_1: _Range = "in [0, 1)", lambda value: 0 <= value < 1
 _RANGES: dict[str, _Range] = {  # of the other floating-point fields: _AT_LEAST_0
+    "frame_rate": _ABOVE_0,
     "pixel_mean": ("a finite number", math.isfinite),
     "pixel_std": _ABOVE_0,
     "mlp_ratio": _ABOVE_0,

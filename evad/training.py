@@ -35,11 +35,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import data
 from .checkpoint import load_checkpoint, write_weights
+from .config import EVADConfig
 from .data import Batch, collate
 from .detector import EVAD
 from .evaluation import evaluate
 from .losses import Counts, count
-from .recipe import Run, adamw, learning_rate
+from .recipe import Run, Training, adamw, learning_rate
 from .snapshots import TrainingError, claim, is_full, last_good, read_snapshot, snapshots, write_snapshot
 
 Evaluate = Callable[[EVAD], dict[str, float]]
@@ -375,9 +376,11 @@ class Trainer:
         if snapshot is None:
             return 0
         state, now = snapshot.state, json.loads(json.dumps(self.run.document()))
+        defaults = json.loads(json.dumps(Run(EVADConfig(), Training(), {}, frozenset()).document()))
+        before = {name: defaults[name] | section for name, section in json.loads(state["run"]).items()}  # of older code
         differences = [
             (f"{section}.{key}", then.get(key), now[section].get(key))
-            for section, then in json.loads(state["run"]).items()
+            for section, then in before.items()
             for key in sorted({*then, *now[section]})
             if then.get(key) != now[section].get(key)
         ]

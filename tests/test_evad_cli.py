@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from evad import EVAD, EVADConfig, ava
 from evad.checkpoint import released_names, save_checkpoint
 from evad.cli import main
-from evad.video import Video
+from evad.video import Video, normalize
 
 HERE = Path(__file__).parent
 BIKES = HERE / "media" / "bikes.mp4"
@@ -150,7 +150,7 @@ def test_detect_is_repeatable(short_video, tmp_path, capfd):
 def test_detect_equals_the_library(short_video, tmp_path, capfd, checkpoint):
     """The CSV holds what EVAD.detect gives for the clip around the keyframe, scaled to the picture."""
     from evad.checkpoint import load_checkpoint, read_config
-    from evad.video import normalize, read_clip, resize
+    from evad.video import read_clip, resize
 
     arguments = ("--start", "1", "--end", "1.5", "--no-video", "--device", "cpu", "--out", tmp_path)
     status, _, err = run(capfd, "detect", short_video, "--checkpoint", checkpoint, *arguments)
@@ -168,6 +168,34 @@ def test_detect_equals_the_library(short_video, tmp_path, capfd, checkpoint):
     scores = torch.tensor([float(row[7]) for row in rows]).view(-1, 3)
     torch.testing.assert_close(boxes, found.boxes / scale, rtol=0, atol=1.1e-3)
     torch.testing.assert_close(scores, found.action_scores, rtol=0, atol=1.1e-4)
+
+
+@pytest.mark.parametrize("rate", [30.0, 15.0])
+def test_training_detect_and_visualize_see_the_same_clip(short_video, tmp_path, capfd, monkeypatch, rate):
+    """Frames as far apart as the checkpoint's configuration says."""
+    from evad import data
+    from evad.cli import visualize
+    from evad.stream import Runner
+
+    (tmp_path / "gt.csv").write_text("two seconds,1,0.1,0.1,0.5,0.5,1,0\n")
+    (tmp_path / "labels.txt").write_text("run\njump\nstand\n")
+    config, path = EVADConfig.tiny(num_classes=3, short_side=48, frame_rate=rate), tmp_path / "mine.safetensors"
+    files = {"annotations": tmp_path / "gt.csv", "labels": tmp_path / "labels.txt", "media": short_video.parent}
+    section = {"name": "csv", "flip": 0} | {name: str(file) for name, file in files.items()}
+    trained = data.build(section, "train", config)[0].clip
+    assert (trained[:, 1:] != trained[:, :-1]).any((0, 2, 3)).sum() == (15 if rate == 30 else 8)  # the rest is clamped
+
+    clips, looks, submit, look = [], [], Runner.submit, visualize.look
+    monkeypatch.setattr(Runner, "submit", lambda self, some, *rest: clips.extend(some) or submit(self, some, *rest))
+    monkeypatch.setattr(visualize, "look", lambda *words: looks.append(look(*words)) or looks[0])
+    save_checkpoint(EVAD(config), path)
+    arguments = ("--checkpoint", path, "--device", "cpu", "--out", tmp_path)
+    assert run(capfd, "detect", short_video, "--start", "1", "--end", "1", "--no-video", *arguments)[0] == 0
+    assert run(capfd, "visualize", short_video, "--time", "1", *arguments)[0] == 0
+    assert len(clips) == 1 and torch.equal(normalize(clips[0].samples), trained)
+    seen = np.stack(looks[0].pruning.frames)
+    assert torch.equal(normalize(torch.from_numpy(seen).permute(0, 3, 1, 2)), trained)
+    assert looks[0].pruning.times == pytest.approx([(i - 8) * 4 / rate for i in range(16)])
 
 
 def test_detect_span_and_keep_rate(tmp_path, capfd):

@@ -56,6 +56,12 @@ def test_survives_json():
     assert EVADConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
+def test_configurations_from_before_frame_rate_mean_30():
+    fields = dataclasses.asdict(EVADConfig.tiny())
+    del fields["frame_rate"]
+    assert EVADConfig(**fields).frame_rate == EVADConfig.from_official(RELEASED).frame_rate == 30
+
+
 def test_reads_released_names(tmp_path):
     config = EVADConfig.from_official(RELEASED)
     assert (config.width, config.depth, config.num_frames, config.pyramid_blocks) == (48, 8, 8, (1, 3, 5, 7))
@@ -120,6 +126,8 @@ def test_rejects_broken_yaml(tmp_path):
         ("depth", 0),
         ("num_frames", 15),
         ("num_proposals", 2.5),
+        ("frame_rate", 0),
+        ("frame_rate", float("inf")),
         ("num_heads", 7),
         ("patch_size", 14),
         ("pruning_blocks", (3, 3)),

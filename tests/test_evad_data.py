@@ -56,7 +56,7 @@ def own(tmp_path, rows, **options):
     (tmp_path / "labels.txt").write_text("fly\nhover\n")
     (tmp_path / "gt.csv").write_text("\n".join(rows) + "\n")
     paths = {"annotations": tmp_path / "gt.csv", "media": tmp_path / "media", "labels": tmp_path / "labels.txt"}
-    options = paths | {"fps": 10.0, **CLIP, **options}
+    options = paths | {"fps": 10.0, "frame_rate": 10.0, **CLIP, **options}
     split = options.pop("split", "val")
     return data.build(section(tmp_path, **options), split)
 
@@ -141,6 +141,14 @@ def test_frames_are_the_released_ones(tmp_path):
         expected = (centre + np.arange(-32, 32, 4)).clip(0, 39) + 1
         levels = dataset[index].clip[0, :, 10, 10] * 0.225 * 255 + 0.45 * 255
         assert (levels / 5).round().tolist() == expected.tolist()
+
+
+def test_clips_of_folders_last_as_long_at_any_rate(tmp_path):
+    """Frames at 10 a second for a model that counts them at 30: the nearest ones, as far from the keyframe in time."""
+    dataset = own(tmp_path, ["v,2,0.1,0.1,0.5,0.5,1,0"], frame_rate=30.0)
+    levels = dataset[0].clip[0, :, 10, 10] * 0.225 * 255 + 0.45 * 255
+    expected = [21 + round((i - 8) * 4 / 30 * 10) for i in range(16)]
+    assert (levels / 5).round().tolist() == expected and expected[0] == 10
 
 
 def test_one_box_with_several_actions(tmp_path):
@@ -331,6 +339,11 @@ def test_build_names_options():
         ("short_side", 0, "a whole number of at least 16 and at most 4096, got 0"),
         ("max_size", 0, "a whole number of at least 16"),
         ("num_frames", 8, "the model's 16, got 8"),
+        ("frame_stride", 1, "the model's 4, got 1"),
+        ("frame_rate", 25, "the model's 30.0, got 25"),
+        ("frame_rate", 0, "a number of at least 0.01, got 0"),
+        ("pixel_mean", 0.2, "the model's 0.45, got 0.2"),
+        ("pixel_std", 1, "the model's 0.225, got 1"),
         ("name", ["csv"], "one of synthetic, ava, csv"),
         ("val", 3, "options of that split, got 3"),
     ],
@@ -338,6 +351,16 @@ def test_build_names_options():
 def test_values_of_options_are_named(written, option, value, message):
     with pytest.raises(DataError, match=f"^data: {option} must be {message}"):
         data.build(section(written) | {option: value}, "val", EVADConfig.tiny())
+
+
+@pytest.mark.parametrize("field", ["num_frames", "frame_stride", "frame_rate", "pixel_mean", "pixel_std"])
+def test_every_datasets_clip_is_the_models(written, field):
+    own, other = getattr(EVADConfig.tiny(), field), 3
+    for named in (section(written), {"name": "synthetic"}):
+        with pytest.raises(DataError, match=f"^data: {field} must be the model's {own}, got 3$"):
+            data.build(named | {"val": {field: other}}, "val", EVADConfig.tiny())
+        data.build(named | {field: own}, "val", EVADConfig.tiny())
+        data.build(named | {field: other}, "val")  # without a model, as it says
 
 
 def test_values_of_synthetic_options_are_named():

@@ -200,6 +200,14 @@ def test_collate_keeps_sizes():
     assert [tuple(clip.shape[2:]) for clip in data.collate([small, large]).clips] == [(48, 64), (64, 64)]
 
 
+def test_frames_follow_the_models_rate():
+    config = EVADConfig.tiny(short_side=48, num_frames=8, frame_stride=2, frame_rate=10)
+    dataset = data.build({"name": "synthetic", "clips": 1}, "val", config)
+    assert dataset.times == pytest.approx([(i - 4) * 0.2 for i in range(8)])
+    thirty = Synthetic("val", clips=1, short_side=48, num_frames=8, frame_stride=6)
+    assert torch.equal(dataset[0].clip, thirty[0].clip)
+
+
 def test_build():
     section = {"name": "synthetic", "seed": 3, "clips": 10, "val": {"clips": 4}}
     config = dataclasses.replace(EVADConfig.tiny(), num_frames=8, short_side=48)

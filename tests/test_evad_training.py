@@ -24,7 +24,7 @@ from evad.checkpoint import read_labels
 from evad.cli import main
 from evad.data import DATASETS, Sample
 from evad.data.actors import ACTIONS
-from evad.recipe import Training, configurations, learning_rate, parameter_groups, read_run
+from evad.recipe import Run, Training, configurations, learning_rate, parameter_groups, read_run
 from evad.snapshots import TrainingError, read_snapshot, snapshots
 from evad.training import Trainer
 
@@ -423,6 +423,22 @@ def test_another_models_folder_is_refused(tmp_path):
         fit(tmp_path, micro_run(model={"keep_rate": 0.5}))
     with pytest.raises(ValueError, match="data: steps an epoch = 3, not 2"):
         fit(tmp_path, micro_run(epochs=1), Clips(8))
+
+
+def test_a_run_from_before_a_field_goes_on(tmp_path, monkeypatch):
+    """What its checkpoint does not say has the default; another value is another run."""
+    with monkeypatch.context() as patch:
+        document = Run.document
+        patch.setattr(Run, "document", lambda run: _without(document(run), "frame_rate"))
+        fit(tmp_path, micro_run(epochs=1))
+    with pytest.raises(ValueError, match=r"holds a run with model.frame_rate = 30.0, not 25.0: another folder"):
+        fit(tmp_path, micro_run(model={"frame_rate": 25}))
+    assert fit(tmp_path, micro_run(epochs=2)).started_at == 3
+
+
+def _without(document, field):
+    del document["model"][field]
+    return document
 
 
 def test_a_run_that_stopped_at_a_bad_clip_goes_on_without_it(tmp_path):

@@ -163,6 +163,8 @@ def test_clips_around_frames(tmp_path, annotations):
     assert [entry.key for entry in test.entries] == [("swing/b", float(frame)) for frame in range(1, 7)]
     clip, target, _ = train[0]
     assert ((clip[0, :, 0, 0] * 0.225 + 0.45) * 255 / 10).round().tolist() == [1, 1, 3, 5]
+    config = EVADConfig.tiny(num_frames=4, frame_stride=2, short_side=30, frame_rate=25)
+    assert torch.equal(data.build(section, "train", config)[0].clip, clip)  # frames, whatever their rate
     np.testing.assert_allclose(target["boxes"], [[4, 3, 12, 15]], rtol=1e-6)  # 80 x 60 pixels became 40 x 30
     assert target["labels"].tolist() == [[1, 0]]
     assert len(data.build(section | {"every": 2}, "train")) == len(data.build(section | {"every": 2}, "val")) == 3

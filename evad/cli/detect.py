@@ -303,6 +303,7 @@ def detect(
         last=end,
         num_frames=config.num_frames,
         stride=config.frame_stride,
+        fps=config.frame_rate,
         prepare=lambda frame: resize(frame.rgb(), size),
     )
     note = "" if built.weights not in ("random", "partial") else f"{built.weights} weights: this means nothing yet"

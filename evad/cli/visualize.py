@@ -129,6 +129,7 @@ def look(built: Built, video: Video, time: float, size: int | None, labels: Sequ
         time,
         num_frames=config.num_frames,
         stride=config.frame_stride,
+        fps=config.frame_rate,
         prepare=lambda frame: resize(frame.rgb(), short_side),
     )
     pixels = normalize(clip.samples, config.pixel_mean, config.pixel_std).to(built.device, built.dtype)
@@ -140,7 +141,7 @@ def look(built: Built, video: Video, time: float, size: int | None, labels: Sequ
         for block, positions in zip(config.pruning_blocks, output.kept, strict=bool(output.kept))
     ]
     frames = [sample.permute(1, 2, 0).numpy() for sample in clip.samples]
-    times = sample_times(config.num_frames, config.frame_stride)
+    times = sample_times(config.num_frames, config.frame_stride, config.frame_rate)
     pruning = draw.Pruning(frames, times, config.tubelet_size, config.patch_size, grid, config.keyframe, layers)
     actors = [] if attention is None else _actors(output, attention[0], pixels.shape[-2:], config, labels)
     return Seen(clip.time, pruning, actors)

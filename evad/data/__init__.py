@@ -31,7 +31,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "jhmdb": read_tubes,
 }
 
-_CLIP = ("num_frames", "frame_stride", "short_side", "pixel_mean", "pixel_std")  # a model's needs
+_CLIP = ("num_frames", "frame_stride", "frame_rate", "pixel_mean", "pixel_std")  # a model's, wherever it is used
 
 
 def build(section: Mapping, split: str, config: EVADConfig | None = None) -> Dataset:
@@ -41,9 +41,11 @@ def build(section: Mapping, split: str, config: EVADConfig | None = None) -> Dat
         section: ``{"name": one of DATASETS, ...}``: the rest are that dataset's options. A mapping under the name of a
             split holds options of that split only: ``{"name": "synthetic", "val": {"clips": 400}}``.
         split: "train", "val", or what else the dataset has.
-        config: The model's: its number of frames, stride, short side and normalisation, where ``section`` says nothing.
+        config: The model's: its clip (number, stride and rate of frames, normalisation), and its short side where
+            ``section`` says nothing.
     Raises:
-        ValueError: an unknown name or option, or a value that the dataset refuses; the message names it.
+        ValueError: an unknown name or option, a value that the dataset refuses, or another clip than the model's; the
+            message names it.
     """
     options = split_options(section, split)
     name = options.pop("name", None)
@@ -57,9 +59,11 @@ def build(section: Mapping, split: str, config: EVADConfig | None = None) -> Dat
         raise DataError(f"data: {name} needs the option {absent[0]!r}")
     options = {option: _checked(option, value, known[option].annotation) for option, value in options.items()}
     if config is not None:
-        if (frames := options.get("num_frames", config.num_frames)) != config.num_frames:
-            raise DataError(f"data: num_frames must be the model's {config.num_frames}, got {frames}")
-        options = {field: getattr(config, field) for field in _CLIP} | options
+        clip = {field: getattr(config, field) for field in _CLIP if field in known}
+        for field, own in clip.items():
+            if options.get(field, own) != own:
+                raise DataError(f"data: {field} must be the model's {own}, got {options[field]}")
+        options = {"short_side": config.short_side} | clip | options
     return DATASETS[name](split, **options)
 
 
@@ -102,6 +106,7 @@ _RANGES = {
     "every": (1, math.inf),
     "flip": (0, 1),
     "fps": (0.01, math.inf),
+    "frame_rate": (0.01, math.inf),
     "frame_stride": (1, math.inf),
     "max_size": _PIXELS,
     "num_frames": (1, math.inf),

@@ -34,6 +34,7 @@ def read_ava(
     max_size: int = MAX_SIZE,
     num_frames: int = 16,
     frame_stride: int = 4,
+    frame_rate: float = 30.0,
     short_side: int = 224,
     pixel_mean: float = 0.45,
     pixel_std: float = 0.225,
@@ -47,13 +48,13 @@ def read_ava(
         labels: Label map, as ``evad.ava.read_classes`` takes it; None for AVA's 80 actions, of which 60 are evaluated.
         exclude: CSV of excluded timestamps.
         start: Timestamp at which the videos, or frames, begin: 900 for frames of minutes 15 to 30.
-        fps: Of the frames in folders.
+        fps: Frames a second in folders; a video file has its own.
         on_error: "fail", or "skip" and count what cannot be used.
-        flip: Probability of a mirror image, in training. 0 for classes that tell left from right.
+        flip: Probability of a mirror image, in training. 0 for classes that tell left from right; their names warn.
         seed: Of augmentation.
         short_sides: Pixels; in training one of them at random. None for ``short_side``.
         max_size: Pixels of the long side at most.
-        num_frames, frame_stride, short_side, pixel_mean, pixel_std: What the model needs.
+        num_frames, frame_stride, frame_rate, short_side, pixel_mean, pixel_std: What the model needs.
     Raises:
         DataError: what is missing or wrong; file and line are named.
     """
@@ -97,7 +98,7 @@ def read_ava(
     return Clips(
         entries,
         names,
-        Sampling(num_frames, frame_stride, fps),
+        Sampling(num_frames, frame_stride, frame_rate, fps),
         counted=classes.counted,
         problems=problems,
         short_sides=short_sides if training and short_sides else [short_side],

@@ -24,8 +24,9 @@ class Sampling(NamedTuple):
 
     num_frames: int
     stride: int
-    fps: float  # of the frames meant by stride, and of folders of frames
-    by_frame: bool = False  # keyframes are given by the frame's number (from 0) instead of seconds, stride likewise
+    rate: float = 30.0  # frames a second that stride counts
+    fps: float = 30.0  # of folders of frames
+    by_frame: bool = False  # keyframes are given by the frame's number (from 0); stride counts the video's own frames
 
 
 def find(root: Path, video: str) -> Path | None:
@@ -50,7 +51,7 @@ def read_frames(path: Path, at: float, sampling: Sampling, prepare: Callable[[np
 
 def _from_file(path: Path, at: float, sampling: Sampling, prepare) -> list:
     with Video(path) as video:
-        fps = video.fps if sampling.by_frame else sampling.fps
+        fps = video.fps if sampling.by_frame else sampling.rate
         time = at / fps if sampling.by_frame else at
         if video.duration is not None and time > video.duration + LATE:
             raise VideoError(f"{path}: has no frame at {time:g} s, it ends at {video.duration:.2f} s")
@@ -66,10 +67,12 @@ def _from_file(path: Path, at: float, sampling: Sampling, prepare) -> list:
 
 def _from_folder(path: Path, at: float, sampling: Sampling, prepare) -> list:
     frames = _numbered(path)
-    centre = frames.first + (int(at) if sampling.by_frame else round(at * sampling.fps))
-    if centre > frames.last + LATE * sampling.fps:
+    fps = 0.0 if sampling.by_frame else sampling.fps
+    centre = frames.first + (int(at) if sampling.by_frame else round(at * fps))
+    if centre > frames.last + LATE * fps:
         raise VideoError(f"{path}: has no frame {centre}, the last is {frames.last}")
-    offsets = (np.arange(sampling.num_frames) - sampling.num_frames // 2) * sampling.stride
+    stride = sampling.stride * (1 if sampling.by_frame else fps / sampling.rate)
+    offsets = ((np.arange(sampling.num_frames) - sampling.num_frames // 2) * stride).round().astype(int)
     numbers = (centre + offsets).clip(frames.first, frames.last).tolist()
     prepared = {number: prepare(_picture(path / frames.name(number))) for number in dict.fromkeys(numbers)}
     return [prepared[number] for number in numbers]

@@ -43,6 +43,7 @@ class Synthetic(Dataset):
         size: tuple[int, int] | None = None,
         num_frames: int = 16,
         frame_stride: int = 4,
+        frame_rate: float = 30.0,
         short_side: int = 96,
         pixel_mean: float = 0.45,
         pixel_std: float = 0.225,
@@ -54,7 +55,7 @@ class Synthetic(Dataset):
             seed: Of everything random, at least 0.
             fresh: Whether ``set_epoch`` gives the split "train" new clips.
             size: Height and width in pixels; None for a square of ``short_side``.
-            num_frames, frame_stride: As for ``evad.video.sample_times``.
+            num_frames, frame_stride, frame_rate: When frames are, as ``evad.video.sample_times`` has it.
             short_side: Pixels, where ``size`` is None.
             pixel_mean, pixel_std: Pixels in [0, 1] become (pixel - mean) / std.
         """
@@ -62,7 +63,7 @@ class Synthetic(Dataset):
             raise ValueError(f"synthetic: clips must be at least 1 and seed at least 0, got {clips} and {seed}")
         self.split, self.clips, self.seed, self.fresh = split, clips, seed, fresh and split == "train"
         self.height, self.width = (short_side, short_side) if size is None else size
-        self.times = np.array(sample_times(num_frames, frame_stride, FPS))
+        self.times = np.array(sample_times(num_frames, frame_stride, frame_rate))
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.epoch = 0
 

@@ -187,7 +187,9 @@ def read_tubes(
         every: Take only each ``every``-th frame. Video mAP needs all.
         on_error: "fail", or "skip" and count what cannot be used.
         flip, seed, short_sides, max_size: As for ``read_ava``.
-        num_frames, frame_stride, short_side, pixel_mean, pixel_std: What the model needs.
+        num_frames, frame_stride, short_side, pixel_mean, pixel_std: What the model needs. ``frame_stride`` counts the
+            videos' own frames, as published: the model's ``frame_rate`` should be theirs, or ``evad detect`` sees
+            clips of another pace.
     Raises:
         DataError: what is missing or wrong, and where.
     """
@@ -218,7 +220,7 @@ def read_tubes(
     clips = TubeClips(
         entries,
         known.labels,
-        Sampling(num_frames, frame_stride, 0.0, by_frame=True),
+        Sampling(num_frames, frame_stride, by_frame=True),
         problems=problems,
         short_sides=short_sides if training and short_sides else [short_side],
         max_size=max_size,
