@@ -406,6 +406,12 @@ def test_rejects_what_is_no_frame(tmp_path, frame):
         scores_of(tmp_path, [("swing/b", frame, 2, RIGHT, 0.9)])
 
 
+def test_rejects_a_video_without_a_size(tmp_path):
+    changes = {"gttubes": {"swing/b": {1: [pixels([1], RIGHT)]}}, "resolution": {"swing/b": (60, 80)}}
+    with pytest.raises(DataError, match="run/a: the annotations must have its resolution"):
+        scores_of(tmp_path, [("swing/b", 1, 2, RIGHT, 0.9)], **changes)
+
+
 def test_nothing_found_scores_nothing(tmp_path):
     (tmp_path / "GT.pkl").write_bytes(pickle.dumps(contents()))
     nothing = Boxes(np.zeros(0, int), np.zeros(0, int), np.zeros((0, 4)), np.zeros(0))

@@ -105,9 +105,11 @@ def evaluate_tubes(
         fold: Which split, from 1.
         linking: How detections become tubes; None for frame mAP only.
     Raises:
-        DataError: a frame is no whole number from 1.
+        DataError: a frame is no whole number from 1, or the annotations lack a video's size.
     """
     videos = {video: number for number, video in enumerate(truth.videos("test", fold))}
+    if unsized := [video for video in videos if video not in truth.sizes]:
+        raise DataError(f"{unsized[0]}: the annotations must have its resolution")
     labels = range(1, len(truth.labels) + 1)
     place = np.full((max(images.values(), default=-1) + 1, 2), -1)  # image -> video, frame
     for (video, frame), number in images.items():
