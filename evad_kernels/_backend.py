@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -81,13 +82,11 @@ if native is None:
 
 
 def _missing(backend: str) -> str | None:
-    """Why ``backend`` cannot run on this machine, or None."""
+    """Why ``backend`` is not installed, or None. Asks for no GPU: that would start CUDA, which no fork survives."""
     if backend == "reference":
         return None
     if backend == "cpu":
         return _native_missing
-    if DEVICE[backend] == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
     if backend == "cuda":
         return _native_missing if native is None else None if native.with_cuda else "built without nvcc"
     return None if importlib.util.find_spec("triton") else "triton is not installed"
@@ -135,6 +134,8 @@ def choose(op: str, tensor: Tensor, *, triton: str | None = None) -> str:
     if _requested == "auto":
         if device == "meta":  # shapes alone: the op's fake, whatever this machine can run
             return IMPLEMENTED[op][0]
+        if forward_ad._current_level >= 0:  # kernels have no tangents: torch would take them for zero
+            return "reference"
         for backend in IMPLEMENTED[op]:
             if (op, backend) in BY_NAME_ONLY or DEVICE[backend] != device:
                 continue
@@ -142,9 +143,9 @@ def choose(op: str, tensor: Tensor, *, triton: str | None = None) -> str:
                 return backend
         return "reference"
     if _requested != "reference":
-        reason = unavailable(op, _requested) or _refusal(_requested, tensor, triton)
+        reason = unavailable(op, _requested, device) or _refusal(_requested, tensor, triton)
         if reason is not None:
-            raise RuntimeError(f"{op}: backend must be available, got {_requested!r}: {reason}")
+            raise RuntimeError(refused(op, _requested, reason))
         if DEVICE[_requested] != device:
             raise RuntimeError(
                 f"{op}: backend must serve the tensor's device ({device}), got {_requested!r}, "
@@ -160,18 +161,33 @@ def _refusal(backend: str, tensor: Tensor, triton: str | None) -> str | None:
     return MISSING[backend] or (triton if backend == "triton" else None)
 
 
-def in_force(op: str, backends: Iterable[str]) -> str:
-    """Which of ``backends``, all of one device, runs ``op`` now: the one asked for, else the first available."""
+def in_force(op: str, backends: Iterable[str], tensor: Tensor) -> str:
+    """Which of ``backends``, all of ``tensor``'s device, runs ``op`` now: the one asked for, else the first available.
+
+    Raises:
+        RuntimeError: none of them can.
+    """
     if _requested in backends:
-        return _requested
-    available = [b for b in IMPLEMENTED[op] if b in backends and MISSING[b] is None]
-    return next((b for b in available if (op, b) not in BY_NAME_ONLY), available[0])
+        candidates = [_requested]
+    else:
+        candidates = sorted((b for b in IMPLEMENTED[op] if b in backends), key=lambda b: (op, b) in BY_NAME_ONLY)
+    for backend in candidates:
+        if _refusal(backend, tensor, None) is None:
+            return backend
+    raise RuntimeError(refused(op, candidates[0], _refusal(candidates[0], tensor, None)))
 
 
-def unavailable(op: str, backend: str) -> str | None:
-    """Why ``backend`` cannot serve ``op`` here, or None."""
+def refused(op: str, backend: str, reason: str) -> str:
+    """The one wording of a backend that does not serve."""
+    return f"{op}: backend must be available, got {backend!r}: {reason}"
+
+
+def unavailable(op: str, backend: str, device: str = "cpu") -> str | None:
+    """Why ``backend`` cannot serve ``op`` here, or None; a tensor on ``device`` shows that there is one."""
     if backend != "reference" and backend not in IMPLEMENTED[op]:
         return NOT_IMPLEMENTED
+    if DEVICE.get(backend) == "cuda" != device and not torch.cuda.is_available():
+        return "no CUDA device"
     return MISSING[backend]
 
 

@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _backend
 
@@ -48,7 +49,7 @@ def register(
     for device in ("cpu", "cuda"):
         served = {b: kernel for b, kernel in kernels.items() if kernel is not None and _backend.DEVICE[b] == device}
         if served:
-            _library.impl(name, _choosing(name, served), device.upper())
+            _library.impl(name, _choosing(name, served, differentiable), device.upper())
     qualified = f"evad_kernels::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
 
@@ -77,9 +78,27 @@ def _on_first_call(path: str) -> Callable:
     return call
 
 
-def _choosing(name: str, kernels: dict[str, Callable]) -> Callable:
-    """A kernel that runs the backend in force: a backward may run, and a compiled graph be called, after it changed."""
-    if len(kernels) == 1:
-        return next(iter(kernels.values()))
+def _choosing(name: str, kernels: dict[str, Callable], differentiable: bool) -> Callable:
+    """A kernel that runs the backend in force, or raises where there is none.
+
+    A backward may run, and a compiled graph or an exported program be called, where another backend is asked for, where
+    the backend it was made with is missing, or in forward-mode AD.
+    """
     op = max((op for op in _backend.IMPLEMENTED if name.startswith(op)), key=len)
-    return lambda *args: kernels[_backend.in_force(op, kernels)](*args)
+
+    def in_force(args):
+        return _backend.in_force(op, kernels, args[0] if isinstance(args[0], torch.Tensor) else args[0][0])
+
+    def chosen(*args):
+        return kernels[in_force(args)](*args)
+
+    (only, kernel), *others = kernels.items()
+    if others or _backend.MISSING[only] is not None:
+        kernel = chosen
+
+    def call(*args):
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(_backend.refused(op, in_force(args), "forward-mode AD is for reference"))
+        return kernel(*args)
+
+    return call if differentiable else kernel

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import evad_kernels as ek
 from evad_kernels import _backend
@@ -160,3 +161,54 @@ def test_inference_mode_changes_nothing(backend, name):
     outputs = as_tuple(run(*[x.requires_grad_() for x in inputs]))
     with torch.inference_mode():
         assert equal(as_tuple(run(*inputs)), [x.detach() for x in outputs])
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"select_tokens"}))
+def test_forward_mode_agrees_with_the_backward(name):
+    """A kernel has no tangents, so the automatic choice is the reference: none is lost in silence."""
+    run, inputs = CALLS[name]()
+    directions = [draw(*x.shape, seed=10 + i) for i, x in enumerate(inputs)]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    outputs = as_tuple(run(*leaves))
+    weights = [draw(*x.shape, seed=20 + i) for i, x in enumerate(outputs)]
+    grads = torch.autograd.grad(outputs, leaves, weights)
+    products = [(grad * direction).double() for grad, direction in zip(grads, directions, strict=True)]
+    expected, size = sum(x.sum() for x in products), sum(x.abs().sum() for x in products)
+
+    _, by_function = torch.func.jvp(run, tuple(inputs), tuple(directions))
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, direction) for x, direction in zip(inputs, directions, strict=True)]
+        by_duals = [forward_ad.unpack_dual(x).tangent for x in as_tuple(run(*duals))]
+    for tangents in (as_tuple(by_function), by_duals):
+        actual = sum((x * weight).double().sum() for x, weight in zip(tangents, weights, strict=True))
+        assert abs(actual - expected) <= 1e-5 * size
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"select_tokens"}))
+def test_forward_mode_is_refused_by_a_kernel(name):
+    if _backend.native is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    run, inputs = CALLS[name]()
+    message = f"{name}: backend must be available, got 'cpu': forward-mode AD is for reference"
+    with ek.use_backend("cpu"), pytest.raises(RuntimeError, match=message):
+        torch.func.jvp(run, tuple(inputs), tuple(inputs))
+
+
+def test_forward_mode_is_refused_by_a_kernels_backward():
+    if _backend.native is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    tokens, index = torch.randn(1, 5, 3, device="cpu", requires_grad=True), torch.tensor([[0, 2]], device="cpu")
+    with ek.use_backend("cpu"):
+        kept = ek.gather_tokens(tokens, index)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode AD is for reference"):
+        torch.autograd.grad(kept, tokens, forward_ad.make_dual(torch.ones_like(kept), torch.ones_like(kept)))
+
+
+def test_a_jacobian_product_compiles_without_graph_break():
+    tokens, index = draw(1, 5, 3, seed=0), on_default_device(torch.tensor([[0, 2]], device="cpu"))
+
+    def tangent(x):
+        return torch.func.jvp(lambda x: ek.gather_tokens(x, index), (x,), (x,))[1]
+
+    compiled = torch.compile(tangent, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tokens), ek.gather_tokens(tokens, index))

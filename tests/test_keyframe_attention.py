@@ -52,7 +52,7 @@ KERNELS_DTYPES = [(kernels, dtype) for kernels in KERNELS for dtype in DTYPES if
 def kernels(request):
     """Runs a test on the CPU kernels of one instruction set, or on Triton's, interpreted where there is no GPU."""
     if request.param == "triton":
-        if (reason := _backend.MISSING["triton"]) is not None:
+        if (reason := _backend.unavailable("keyframe_attention", "triton")) is not None:
             pytest.skip(f"backend triton: {reason}")
         parameters = request.node.callspec.params
         if _backend.INTERPRETED:
@@ -654,7 +654,7 @@ def test_any_shape_of_any_width_in_triton(data):
 
 
 def check_any_shape_in_triton(data, widths):
-    if (reason := _backend.MISSING["triton"]) is not None:
+    if (reason := _backend.unavailable("keyframe_attention", "triton")) is not None:
         pytest.skip(f"backend triton: {reason}")
     dtypes = [torch.float32, torch.float16, *([] if _backend.INTERPRETED else [torch.bfloat16])]
     with use_backend("triton"), nullcontext() if _backend.INTERPRETED else torch.device("cuda"):

@@ -101,6 +101,26 @@ def test_imports_without_a_gpu(native):
     ) == {"reference": None, "cpu": None, "triton": _reason("triton"), "cuda": _reason("cuda")}
 
 
+def test_import_leaves_cuda_alone():
+    """Processes forked after CUDA was started cannot use it, and CUDA_VISIBLE_DEVICES is read when it starts."""
+    assert fresh_python(
+        """
+        import json, torch
+
+        def started(*_):
+            raise AssertionError("asked CUDA")
+
+        torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = started
+        import evad_kernels
+
+        tokens, position = torch.ones(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64)
+        print(json.dumps(evad_kernels.scatter_tokens(tokens, position, grid=(1, 1, 2)).flatten().tolist()))
+        """,
+        EVAD_KERNELS_BACKEND="auto",
+        TRITON_INTERPRET="0",
+    ) == [1, 1, 0, 0]
+
+
 def _reason(backend):
     """Why a GPU backend of scatter_tokens is missing where no GPU is seen."""
     return "no CUDA device" if backend in _backend.IMPLEMENTED["scatter_tokens"] else "not implemented"
@@ -126,7 +146,7 @@ def test_missing_native_module_is_explained_and_falls_back(tmp_path):
     package = tmp_path / "evad_kernels"
     shutil.copytree(ROOT / "evad_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (package / "_native_missing.txt").write_text("no C++ compiler was found\n")
-    row, filled, warned, message = fresh_python(
+    row, filled, warned, *messages = fresh_python(
         """
         import json, sys, warnings
         # An editable install would find the checkout's native module for this copy of the package.
@@ -136,20 +156,41 @@ def test_missing_native_module_is_explained_and_falls_back(tmp_path):
             import evad_kernels, torch
         tokens, position = torch.ones(1, 1, 2), torch.zeros(1, 1, dtype=torch.int64)
         filled = evad_kernels.scatter_tokens(tokens, position, grid=(1, 1, 2)).flatten().tolist()
+        messages = []
         try:
             with evad_kernels.use_backend("cpu"):
                 evad_kernels.scatter_tokens(tokens, position, grid=(1, 1, 2))
         except RuntimeError as error:
-            message = str(error)
+            messages.append(str(error))
+        try:  # as a program that was exported elsewhere calls it
+            torch.ops.evad_kernels.scatter_tokens(tokens, position, None, 2)
+        except RuntimeError as error:
+            messages.append(str(error))
         warned = [str(warning.message) for warning in caught]
-        print(json.dumps([evad_kernels.backends()["scatter_tokens"], filled, warned, message]))
+        print(json.dumps([evad_kernels.backends()["scatter_tokens"], filled, warned, *messages]))
         """,
         PYTHONPATH=str(tmp_path),
+        TRITON_INTERPRET="0",
     )
     assert row["cpu"] == "no C++ compiler was found" and row["reference"] is None
     assert filled == [1, 1, 0, 0]
     assert any("no C++ compiler was found" in warning for warning in warned)
-    assert message == "scatter_tokens: backend must be available, got 'cpu': no C++ compiler was found"
+    assert messages == ["scatter_tokens: backend must be available, got 'cpu': no C++ compiler was found"] * 2
+
+
+@pytest.mark.skipif(not _backend.INTERPRETED, reason="a CPU tensor has two kernels only where Triton interprets")
+def test_an_op_without_a_kernel_that_can_serve_says_so(monkeypatch):
+    """As a backward, a compiled graph or an exported program calls it, past the choice of the public function."""
+    tokens, position = torch.ones(1, 1, 2, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.int64)
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match="got 'triton': Triton kernels compute in float32, float64"),
+    ):
+        torch.ops.evad_kernels.scatter_tokens(tokens, position, None, 2)
+    for backend in ("cpu", "triton"):
+        monkeypatch.setitem(_backend.MISSING, backend, "not here")
+    with pytest.raises(RuntimeError, match="scatter_tokens: backend must be available, got 'cpu': not here"):
+        torch.ops.evad_kernels.scatter_tokens(tokens.float(), position, None, 2)
 
 
 def call():
@@ -177,6 +218,7 @@ def test_a_backend_asked_for_by_name_never_falls_back(backend):
 
 
 def test_untested_backend_is_used_by_name_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for backend in ("triton", "cuda"):
         monkeypatch.setitem(_backend.MISSING, backend, None)
         monkeypatch.setitem(_backend.DEVICE, backend, "cuda")
