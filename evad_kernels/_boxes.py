@@ -104,22 +104,24 @@ class BoxesByImage(NamedTuple):
 
 def output_size(op: str, value: int | Sequence[int]) -> tuple[int, int]:
     """``(oh, ow)``, both at least 1."""
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(pair) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 1 for size in pair):
+    pair = tuple(_check.as_integer(size) for size in (value if isinstance(value, Sequence) else (value, value)))
+    if len(pair) != 2 or any(size is None or size < 1 for size in pair):
         _check.fail(op, "output_size", "an integer or a pair of integers, at least 1", value)
     return pair
 
 
 def sampling_ratio(op: str, value: int) -> int:
     """Samples a bin along each side, at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    ratio = _check.as_integer(value)
+    if ratio is None or ratio < 1:
         _check.fail(op, "sampling_ratio", "an integer, at least 1", value)
-    return value
+    return ratio
 
 
 def positive(op: str, argument: str, value: float) -> float:
-    """``value`` is finite and above 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    """``value`` as a float, finite and above 0."""
+    value = _check.number(op, argument, value)
+    if not 0 < value < math.inf:
         _check.fail(op, argument, "a finite number above 0", value)
     return float(value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def fail(op: str, argument: str, expected: str, actual: object, error: type[Exception] = ValueError) -> NoReturn:
     """Raise ``error`` in the one wording."""
+    actual = describe(actual) if isinstance(actual, Tensor) else actual  # one element would print as a number
     raise error(f"{op}: {argument} must be {expected}, got {actual}")
 
 
@@ -64,25 +66,38 @@ def grid(op: str, value: Sequence[int]) -> tuple[int, int, int]:
     """``(T, Gh, Gw)``, all at least 1, below 2**31 cells."""
     if not isinstance(value, (list, tuple)):
         fail(op, "grid", "three integers (T, Gh, Gw)", type(value).__name__, TypeError)
-    if len(value) != 3 or not all(isinstance(size, (int, torch.SymInt)) for size in value):
+    sizes = tuple(as_integer(size) for size in value)
+    if len(sizes) != 3 or any(size is None for size in sizes):
         fail(op, "grid", "three integers (T, Gh, Gw)", value)
-    if min(value) < 1:
-        fail(op, "grid", "at least 1 in every dimension", tuple(value))
-    if value[0] * value[1] * value[2] > MAX_COUNT:
-        fail(op, "grid", "of fewer than 2**31 cells", tuple(value))
-    return tuple(value)
+    if min(sizes) < 1:
+        fail(op, "grid", "at least 1 in every dimension", sizes)
+    if sizes[0] * sizes[1] * sizes[2] > MAX_COUNT:
+        fail(op, "grid", "of fewer than 2**31 cells", sizes)
+    return sizes
 
 
-def number(op: str, argument: str, value: float) -> None:
-    """``value`` is a Python number: a tensor's gradient would be lost in silence."""
-    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        fail(op, argument, "a number", type(value).__name__, TypeError)
+def as_integer(value: object) -> int | torch.SymInt | None:
+    """``value`` as an integer, NumPy's too; None if it is none, as True is none."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    return int(value) if isinstance(value, numbers.Integral) else None
 
 
-def integer(op: str, argument: str, value: int, high: int, name: str) -> None:
-    """``value`` is an integer in [0, high]; ``name`` says what ``high`` is, "M"."""
+def number(op: str, argument: str, value: float) -> float:
+    """``value`` as a Python number, also of NumPy's; no tensor: its gradient would be lost in silence."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    fail(op, argument, "a number", type(value).__name__, TypeError)
+
+
+def integer(op: str, argument: str, value: int, high: int, name: str) -> int:
+    """``value`` as an integer in [0, high]; ``name`` says what ``high`` is, "M"."""
     # The range is put in words only on failure: formatting a symbolic size would fix it under torch.compile.
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+    count = value if type(value) is int else as_integer(value)  # on the path of every call
+    if count is None:
         fail(op, argument, f"an integer in [0, {name} = {high}]", type(value).__name__, TypeError)
-    if not 0 <= value <= high:
-        fail(op, argument, f"in [0, {name} = {high}]", value)
+    if not 0 <= count <= high:
+        fail(op, argument, f"in [0, {name} = {high}]", count)
+    return count

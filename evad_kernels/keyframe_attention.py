@@ -66,8 +66,9 @@ def keyframe_attention(
         TypeError: not floating point, or dtypes differ.
         RuntimeError: tensors on different devices, or a backend asked for by name that is missing.
     """
-    scale = _checked("keyframe_attention", query, key, value, num_keyframe, keyframe_weight, scale)
-    if _backend.choose("keyframe_attention", query, triton=_triton_refusal(query)) == "reference":
+    op = "keyframe_attention"
+    num_keyframe, keyframe_weight, scale = _checked(op, query, key, value, num_keyframe, keyframe_weight, scale)
+    if _backend.choose(op, query, triton=_triton_refusal(query)) == "reference":
         return keyframe_attention_reference(
             query, key, value, num_keyframe=num_keyframe, keyframe_weight=keyframe_weight, scale=scale
         )
@@ -109,9 +110,9 @@ def keyframe_attention_topk(
         RuntimeError: tensors on different devices, or a backend asked for by name that is missing.
     """
     op = "keyframe_attention_topk"
-    scale = _checked(op, query, key, value, num_keyframe, keyframe_weight, scale)
+    num_keyframe, keyframe_weight, scale = _checked(op, query, key, value, num_keyframe, keyframe_weight, scale)
     M = query.shape[2] - num_keyframe
-    _check.integer(op, "num_select", num_select, M, "N - num_keyframe")
+    num_select = _check.integer(op, "num_select", num_select, M, "N - num_keyframe")
     if _backend.choose(op, query, triton=_triton_refusal(query)) == "reference":
         return keyframe_attention_topk_reference(
             query,
@@ -179,8 +180,8 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _checked(op, query, key, value, num_keyframe, keyframe_weight, scale) -> float:
-    """Raise on bad input; the scale."""
+def _checked(op, query, key, value, num_keyframe, keyframe_weight, scale) -> tuple[int, float, float]:
+    """Raise on bad input; its numbers."""
     _check.tensor(op, "query", query, 4, "[B, H, N, D]")
     _check.floating(op, "query", query)
     _check.countable(op, "query", query.shape[2], "[B, H, N, D] with N")
@@ -191,16 +192,16 @@ def _checked(op, query, key, value, num_keyframe, keyframe_weight, scale) -> flo
         if tensor.shape != query.shape:
             _check.fail(op, name, f"[B, H, N, D] = {list(query.shape)}", list(tensor.shape))
     N, D = query.shape[2:]
-    _check.integer(op, "num_keyframe", num_keyframe, N, "N")
-    _check.number(op, "keyframe_weight", keyframe_weight)
+    num_keyframe = _check.integer(op, "num_keyframe", num_keyframe, N, "N")
+    keyframe_weight = _check.number(op, "keyframe_weight", keyframe_weight)
     if not 0 <= keyframe_weight <= MOST_WEIGHT:
         _check.fail(op, "keyframe_weight", "finite in float32 and at least 0", keyframe_weight)
     if scale is None:
-        return _default_scale(D)
-    _check.number(op, "scale", scale)
+        return num_keyframe, keyframe_weight, _default_scale(D)
+    scale = _check.number(op, "scale", scale)
     if not -math.inf < scale < math.inf:
         _check.fail(op, "scale", "finite", scale)
-    return scale
+    return num_keyframe, keyframe_weight, scale
 
 
 def _triton_refusal(query: Tensor) -> str | None:

@@ -126,8 +126,9 @@ def _checked(
         _check.fail(op, "strides", f"as many as levels ({len(levels)})", len(strides))
     if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
         _check.fail(op, "strides", "each twice the one before", strides)
-    if not isinstance(canonical_level, int):
-        _check.fail(op, "canonical_level", "an integer", canonical_level)
+    level = _check.as_integer(canonical_level)
+    if level is None or abs(level) > _check.MAX_COUNT:
+        _check.fail(op, "canonical_level", "an integer of 32 bits", canonical_level)
     return _Arguments(
         levels,
         _boxes.check_boxes(op, boxes, levels[0], "levels"),
@@ -135,7 +136,7 @@ def _checked(
         _boxes.output_size(op, output_size),
         _boxes.sampling_ratio(op, sampling_ratio),
         _boxes.positive(op, "canonical_size", canonical_size),
-        canonical_level,
+        level,
         round(math.log2(strides[0])),
     )
 

@@ -31,7 +31,7 @@ def select_tokens(importance: Tensor, num_select: int) -> Tensor:
         TypeError: ``importance`` is not floating point, or ``num_select`` not an integer.
         RuntimeError: a backend asked for by name is missing.
     """
-    _check_selection(importance, num_select)
+    num_select = _check_selection(importance, num_select)
     if _backend.choose("select_tokens", importance) == "reference":
         return select_tokens_reference(importance, num_select)
     return _select(importance, num_select)
@@ -46,7 +46,7 @@ def select_tokens_with_slots(importance: Tensor, num_select: int) -> tuple[Tenso
         slot: [B, M], int32: k where ``index[b, k]`` is the token, -1 where it is not selected.
     Raises: as ``select_tokens``.
     """
-    _check_selection(importance, num_select)
+    num_select = _check_selection(importance, num_select)
     if _backend.choose("select_tokens", importance) == "reference":
         index = select_tokens_reference(importance, num_select)
         slot = torch.full_like(importance, -1, dtype=torch.int32, memory_format=torch.contiguous_format)
@@ -55,12 +55,12 @@ def select_tokens_with_slots(importance: Tensor, num_select: int) -> tuple[Tenso
     return _select_with_slots(importance, num_select)
 
 
-def _check_selection(importance: Tensor, num_select: int) -> None:
+def _check_selection(importance: Tensor, num_select: int) -> int:
     _check.tensor("select_tokens", "importance", importance, 2, "[B, M]")
     _check.floating("select_tokens", "importance", importance)
     M = importance.shape[1]
     _check.countable("select_tokens", "importance", M, "[B, M] with M")
-    _check.integer("select_tokens", "num_select", num_select, M, "M")
+    return _check.integer("select_tokens", "num_select", num_select, M, "M")
 
 
 def select_tokens_reference(importance: Tensor, num_select: int) -> Tensor:
@@ -99,7 +99,7 @@ def gather_tokens(tokens: Tensor, index: Tensor, *, num_keyframe: int = 0) -> Te
     _check.countable("gather_tokens", "index", index.shape[1], "[B, num_select] with num_select")
     if index.shape[0] != B:
         _check.fail("gather_tokens", "index", f"[B, num_select] with B = {B}", list(index.shape))
-    _check.integer("gather_tokens", "num_keyframe", num_keyframe, N, "N")
+    num_keyframe = _check.integer("gather_tokens", "num_keyframe", num_keyframe, N, "N")
     if _backend.choose("gather_tokens", tokens) == "reference":
         return gather_tokens_reference(tokens, index, num_keyframe=num_keyframe)
     gather = _gather if tokens.is_floating_point() or tokens.is_complex() else _gather_integers

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -212,3 +213,47 @@ def test_a_jacobian_product_compiles_without_graph_break():
 
     compiled = torch.compile(tangent, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(tokens), ek.gather_tokens(tokens, index))
+
+
+def numbers(integer, real):
+    """name: a call whose every number is made by one of two types, small."""
+    grid, wide = tuple(map(integer, (2, 3, 3))), {"output_size": (integer(2), integer(1)), "sampling_ratio": integer(2)}
+    query, tokens, places = draw(1, 2, 9, 4, seed=0), draw(1, 6, 4, seed=1), torch.arange(6)[None]
+    corners, levels = torch.tensor([[[3.0, 5.0, 30.0, 40.0]]]), [draw(1, 4, 8, 8, seed=2), draw(1, 4, 4, 4, seed=3)]
+    attention = {"num_keyframe": integer(3), "keyframe_weight": real(2.5), "scale": real(0.5)}
+    roi = {"grid": grid, "spatial_scale": real(0.0625), **wide}
+    canonical = {"canonical_size": real(32.0), "canonical_level": integer(3), "strides": (real(4.0), real(8.0))}
+    return {
+        "keyframe_attention": lambda: ek.keyframe_attention(query, query, query, **attention),
+        "keyframe_attention_topk": lambda: ek.keyframe_attention_topk(
+            query, query, query, num_select=integer(2), **attention
+        ),
+        "select_tokens": lambda: ek.select_tokens(tokens[..., 0], integer(2)),
+        "gather_tokens": lambda: ek.gather_tokens(tokens, places[:, :2], num_keyframe=integer(1)),
+        "scatter_tokens": lambda: ek.scatter_tokens(tokens, places, grid=grid),
+        "roi_align_3d": lambda: ek.roi_align_3d(tokens, places, corners, **roi),
+        "roi_pool_3d": lambda: ek.roi_pool_3d(tokens, places, corners, **roi),
+        "pyramid_roi_align": lambda: ek.pyramid_roi_align(levels, corners, **wide, **canonical),
+    }
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_of_numpy_are_numbers(backend, name):
+    actual, expected = (numbers(*types)[name]() for types in ((np.int64, np.float32), (int, float)))
+    assert equal(as_tuple(actual), as_tuple(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "integer", "real", "message"),
+    [
+        ("keyframe_attention", bool, float, r"num_keyframe must be an integer in \[0, N = 9\], got bool"),
+        ("keyframe_attention", int, np.array, "keyframe_weight must be a number, got ndarray"),
+        ("select_tokens", torch.tensor, float, r"num_select must be an integer in \[0, M = 6\], got Tensor"),
+        ("scatter_tokens", bool, float, r"grid must be three integers \(T, Gh, Gw\), got \(True, True, True\)"),
+        ("roi_align_3d", int, torch.tensor, "spatial_scale must be a number, got Tensor"),
+        ("pyramid_roi_align", int, np.array, "strides must be a number, got ndarray"),
+    ],
+)
+def test_rejects_what_is_no_number(name, integer, real, message):
+    with pytest.raises((TypeError, ValueError), match=f"{name}: {message}"):
+        numbers(integer, real)[name]()

@@ -390,6 +390,8 @@ def test_rejects_batch_index_outside(backend, bad):
         ({"sampling_ratio": 0}, ValueError, "sampling_ratio must be"),
         ({"canonical_size": 0}, ValueError, "canonical_size must be"),
         ({"canonical_level": 4.5}, ValueError, "canonical_level must be"),
+        ({"canonical_level": True}, ValueError, "canonical_level must be an integer of 32 bits, got True"),
+        ({"canonical_level": 10**20}, ValueError, "canonical_level must be an integer of 32 bits, got 1000"),
     ],
 )
 def test_rejects_bad_input(backend, change, error, message):
