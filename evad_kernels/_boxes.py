@@ -8,7 +8,7 @@ bin is a short weighted sum over rows of a short weighted sum over columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import _backend, _check
 
-MOST_SAMPLES = 4096  # of a bin along a side where their number follows from the box: all are in memory at once
 FORMS = "[B, n, 4], a list of B [n_b, 4], or [R, 5]"
 TUBES = FORMS.replace(" or [R, 5]", " [R, 5], or [B, n, T, 4]")
 
@@ -29,16 +28,23 @@ class Boxes(NamedTuple):
 
 
 def check_boxes(
-    op: str, boxes: Tensor | Sequence[Tensor], like: Tensor, argument: str, *, frames: int | None = None
+    op: str,
+    boxes: Tensor | Sequence[Tensor],
+    like: Tensor,
+    argument: str,
+    *,
+    frames: int | None = None,
+    forms: str = FORMS,
 ) -> Boxes:
     """Bring ``boxes`` to one form, in float32 (float64 if they or the features are).
 
     Args:
         like: The features, [B, ...], named ``argument``; boxes lie on their device.
         frames: T if tubes [B, n, T, 4] are accepted.
+        forms: Those that errors name, where the caller takes fewer.
     """
     B = like.shape[0]
-    forms = FORMS if frames is None else TUBES
+    forms = forms if frames is None else TUBES
     parts = boxes if isinstance(boxes, (list, tuple)) else [boxes]
     for part in parts:
         if not isinstance(part, Tensor):
@@ -131,13 +137,15 @@ def divided(x: Tensor, number: float) -> Tensor:
     return x / x.new_full((), number)
 
 
-def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, samples: int | None, aligned: bool) -> Tensor:
+def axis_weights(
+    low: Tensor, high: Tensor, size: int, bins: int, samples: int | Callable[[Tensor], Tensor], aligned: bool
+) -> Tensor:
     """Weight of every cell of one axis in every bin of every box.
 
     Args:
         low, high: The boxes' two sides, in cells, [...].
         size: Cells of the axis.
-        bins, samples: Bins of a box, samples of a bin; None: as many as a bin has cells, rounded up.
+        bins, samples: Bins of a box, samples of a bin, or a function that makes them of the bins' widths in cells.
         aligned: False: sides are at least one cell, as in torchvision.
     Returns:
         Weights, [..., bins, size].
@@ -147,14 +155,12 @@ def axis_weights(low: Tensor, high: Tensor, size: int, bins: int, samples: int |
         length = length.clamp(min=1)
     width = divided(length, bins)[..., None, None]
     bin_index = torch.arange(bins, device=low.device)[:, None]
-    if samples is not None:
-        taken, count = samples, low.new_full((), samples)
-    else:
-        taken = width.ceil().nan_to_num(1, 1, 1)  # none where a side has no length, as in torchvision
+    if callable(samples):
+        taken = samples(width)
         count = taken.clamp(min=1)
         samples = int(count.max()) if count.numel() else 1
-        if samples > MOST_SAMPLES:
-            _check.fail("roi_align", "boxes", f"at most {MOST_SAMPLES} cells a bin and side to be adaptive", samples)
+    else:
+        taken, count = samples, low.new_full((), samples)
     sample = torch.arange(samples, device=low.device)
     at = low[..., None, None] + bin_index * width + (sample + 0.5) * width / count  # [..., bins, samples]
     inside = (at >= -1) & (at <= size) & (sample < taken)
@@ -172,7 +178,7 @@ def bins_reference(
     *,
     scale: float,
     output: tuple[int, int],
-    samples: int | None,
+    samples: int | Callable[[Tensor], Tensor],
     aligned: bool = True,
     chosen: Tensor | None = None,
 ) -> Tensor:
@@ -182,7 +188,7 @@ def bins_reference(
         features: Dense map, [B, T, Gh, Gw, C], float32 or float64.
         scale: Cells a pixel.
         output: (oh, ow).
-        samples: Samples a bin along each side; None: as many as a bin has cells, rounded up.
+        samples: Samples a bin along each side, as ``axis_weights`` takes them.
         chosen: [R] bool, boxes to leave in; the others give zeros. None: all.
     Returns:
         [R, oh, T, ow, C].

@@ -17,7 +17,10 @@ import torch.fx
 from torch import Tensor, nn
 
 from . import _boxes, _check
-from .roi_align_3d import roi_align_3d
+from .roi_align_3d import _Arguments, _samples
+
+FORMS = "[R, 5], or a list of B [n_b, 4]"
+MOST_SAMPLES = 4096  # of an adaptive bin along a side: all are in memory at once
 
 
 def roi_align(
@@ -43,29 +46,41 @@ def roi_align(
     Raises:
         ValueError: a shape disagrees or a number is out of range, or an adaptive bin has more than 4,096 cells a side.
         TypeError: not floating point.
+        RuntimeError: tensors on different devices, or a backend asked for by name that is missing (that of
+            ``roi_align_3d``, which serves a ``sampling_ratio`` above 0).
     """
-    _check.tensor("roi_align", "input", input, 4, "[B, C, H, W]")
-    _check.floating("roi_align", "input", input)
-    if not isinstance(sampling_ratio, int) or isinstance(sampling_ratio, bool):
-        _check.fail("roi_align", "sampling_ratio", "an integer", sampling_ratio)
+    op = "roi_align"
+    _check.tensor(op, "input", input, 4, "[B, C, H, W]")
+    _check.floating(op, "input", input)
+    ratio = _check.as_integer(sampling_ratio)
+    if ratio is None:
+        _check.fail(op, "sampling_ratio", "an integer", sampling_ratio)
     B, C, H, W = input.shape
     if H == 0 or W == 0:
-        _check.fail("roi_align", "input", "[B, C, H, W] with at least one cell", list(input.shape))
+        _check.fail(op, "input", "[B, C, H, W] with at least one cell", list(input.shape))
+    _check.countable(op, "input", H * W, "[B, C, H, W] with H * W")
+    if isinstance(boxes, Tensor) and (boxes.ndim != 2 or boxes.shape[1] != 5):
+        _check.fail(op, "boxes", f"{FORMS} with B = {B}", list(boxes.shape))
+    boxes = _boxes.check_boxes(op, boxes, input, "input", forms=FORMS)
+    output = _boxes.output_size(op, output_size)
+    scale = _boxes.positive(op, "spatial_scale", spatial_scale)
     tokens = input.flatten(2).transpose(1, 2)  # [B, H*W, C]
-    if sampling_ratio > 0:
+    if ratio > 0:
         position = torch.arange(H * W, device=input.device).expand(B, H * W)
-        options = {"output_size": output_size, "spatial_scale": spatial_scale, "sampling_ratio": sampling_ratio}
-        return roi_align_3d(tokens, position, boxes, grid=(1, H, W), aligned=aligned, **options)[:, :, 0]
-    boxes = _boxes.check_boxes("roi_align", boxes, input, "input")
-    bins = _boxes.bins_reference(
-        tokens.to(boxes.corners.dtype).view(B, 1, H, W, C),
-        boxes,
-        scale=_boxes.positive("roi_align", "spatial_scale", spatial_scale),
-        output=_boxes.output_size("roi_align", output_size),
-        samples=None,
-        aligned=aligned,
-    )  # [R, height, 1, width, C]
+        arguments = _Arguments(op, tokens, position, None, boxes, (1, H, W), output, scale, ratio, bool(aligned))
+        return _samples(arguments)[:, :, 0]
+    dense = tokens.to(boxes.corners.dtype).view(B, 1, H, W, C)
+    options = {"scale": scale, "output": output, "samples": _adaptive, "aligned": bool(aligned)}
+    bins = _boxes.bins_reference(dense, boxes, **options)  # [R, height, 1, width, C]
     return bins[:, :, 0].permute(0, 3, 1, 2).to(input.dtype)
+
+
+def _adaptive(width: Tensor) -> Tensor:
+    """As many samples as a bin has cells, rounded up; none where a side has no length, as in torchvision."""
+    count = width.ceil().nan_to_num(1, 1, 1)
+    if count.numel() and (most := int(count.max())) > MOST_SAMPLES:
+        _check.fail("roi_align", "boxes", f"at most {MOST_SAMPLES} cells a bin and side to be adaptive", most)
+    return count
 
 
 torch.fx.wrap("roi_align")

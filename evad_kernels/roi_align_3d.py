@@ -73,9 +73,7 @@ def roi_align_3d(
         aligned=aligned,
         background=background,
     )
-    if _backend.choose("roi_align_3d", tokens) == "reference":
-        return _align_reference(arguments)
-    return _align(*_flat(arguments))
+    return _samples(arguments)
 
 
 def roi_pool_3d(
@@ -173,6 +171,12 @@ def _checked(
         _boxes.sampling_ratio(op, sampling_ratio),
         bool(aligned),
     )
+
+
+def _samples(arguments: _Arguments) -> Tensor:
+    if _backend.choose("roi_align_3d", arguments.tokens) == "reference":
+        return _align_reference(arguments)
+    return _align(*_flat(arguments))
 
 
 def _align_reference(arguments: _Arguments) -> Tensor:
