@@ -1,5 +1,6 @@
 // select_tokens: one task a row, radix selection on integer keys, then one pass in order.
-// gather_tokens: one task a run of rows; a row is one memcpy.
+// gather_tokens: one task a run of rows; a row is one memcpy. Backward: a token that was kept more than once goes from
+// each of its copies to the next, so no row of the gradient is looked for.
 #include "token_selection.h"
 
 #include <algorithm>
@@ -14,6 +15,7 @@ namespace evad {
 namespace {
 
 constexpr int64_t kKeysPerThread = 4096;  // some 10 us: less is not worth waking the threads
+constexpr int64_t kChannels = 64;         // whose sums are in cache while copies are followed
 
 template <class Key>
 int bit_width(Key bits) {
@@ -75,6 +77,22 @@ void select_row(const T* importance, int64_t stride, int64_t M, int32_t num_sele
   for (int32_t k = 0; k < num_select; ++k) slot[index[k]] = k;
 }
 
+// grad [C] = the sum of the rows that copy token n, in order; the one after row k is next[k].
+template <class T>
+void sum_copies(const GatherGradRows& source, const int32_t* next, int64_t b, int64_t n, int64_t C, T* grad) {
+  const int32_t first = *source.first(b, n), last = *source.last(b, n);
+  for (int64_t begin = 0; begin < C; begin += kChannels) {
+    const int64_t channels = std::min(kChannels, C - begin);
+    accumulate_t<T> total[kChannels] = {};
+    for (int32_t k = first;; k = next[k]) {
+      const T* const row = reinterpret_cast<const T*>(source.kept_row(b, source.num_keyframe + k)) + begin;
+      for (int64_t c = 0; c < channels; ++c) total[c] += to_float(row[c]);
+      if (k == last) break;
+    }
+    std::transform(total, total + channels, grad + begin, from_float<T>);
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -103,19 +121,20 @@ void gather_tokens_backward(const GatherGradRows& source, int32_t* copies, T* gr
   require_in_range("gather_tokens: index", source.index, source.index_stride_b, source.index_stride_k, B,
                    source.num_select, M);
   std::fill(copies, copies + 2 * B * M, kNoCopy);
+  const std::unique_ptr<int32_t[]> next(new int32_t[B * source.num_select]);  // of a row with a later copy
   for (int64_t b = 0; b < B; ++b)
     for (int64_t k = 0; k < source.num_select; ++k) {
       int32_t* const first = copies + b * M + source.index[b * source.index_stride_b + k * source.index_stride_k];
       int32_t* const last = first + B * M;
-      if (*first == kNoCopy) *first = static_cast<int32_t>(k);
-      *last = static_cast<int32_t>(k);
+      int32_t& place = *first == kNoCopy ? *first : next[b * source.num_select + *last];
+      place = *last = static_cast<int32_t>(k);
     }
   copy_rows(source, B, N, source.row_bytes, reinterpret_cast<char*>(grad_tokens), threads);
   const int64_t C = source.row_bytes / sizeof(T);
   for_each_run(B, N, source.row_bytes, threads, [&](int64_t b, int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
       if (source.repeated(b, n))
-        for (int64_t c = 0; c < C; ++c) grad_tokens[(b * N + n) * C + c] = source.sum<T>(b, n, c);
+        sum_copies(source, next.get() + b * source.num_select, b, n, C, grad_tokens + (b * N + n) * C);
   });
 }
 

@@ -157,6 +157,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Channel c of a repeated token.
+template <class T>
+__device__ T sum_of_copies(const GatherGradRows& source, int64_t b, int64_t n, int64_t c) {
+  accumulate_t<T> total = 0;
+  const int32_t end = *source.last(b, n);
+  for (int64_t k = *source.first(b, n); k <= end; ++k)
+    if (source.index[b * source.index_stride_b + k * source.index_stride_k] == n - source.num_keyframe)
+      total += to_float(reinterpret_cast<const T*>(source.kept_row(b, source.num_keyframe + k))[c]);
+  return from_float<T>(total);
+}
+
 // Overwrites the rows of tokens that were kept more than once; one warp a token.
 template <class T>
 __global__ void __launch_bounds__(256) sum_repeated_kernel(GatherGradRows source, T* __restrict__ grad_tokens) {
@@ -166,7 +177,7 @@ __global__ void __launch_bounds__(256) sum_repeated_kernel(GatherGradRows source
     const int64_t b = i / M, n = source.num_keyframe + i % M;
     if (!source.repeated(b, n)) continue;
     for (int64_t c = threadIdx.x; c < C; c += blockDim.x)
-      grad_tokens[(b * source.N + n) * C + c] = source.sum<T>(b, n, c);
+      grad_tokens[(b * source.N + n) * C + c] = sum_of_copies<T>(source, b, n, c);
   }
 }
 

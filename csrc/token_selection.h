@@ -114,17 +114,6 @@ struct GatherGradRows {
     const int32_t k = *last(b, n);
     return k == kNoCopy ? nullptr : kept_row(b, num_keyframe + k);
   }
-
-  // Channel c of a repeated token.
-  template <class T>
-  EVAD_HOST_DEVICE T sum(int64_t b, int64_t n, int64_t c) const {
-    accumulate_t<T> total = 0;
-    const int32_t end = *last(b, n);
-    for (int64_t k = *first(b, n); k <= end; ++k)
-      if (index[b * index_stride_b + k * index_stride_k] == n - num_keyframe)
-        total += to_float(reinterpret_cast<const T*>(kept_row(b, num_keyframe + k))[c]);
-    return from_float<T>(total);
-  }
 };
 
 // An index outside [0, N - num_keyframe) throws std::invalid_argument on the CPU, before anything is written.

@@ -1,11 +1,12 @@
 import math
+import time
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evad_kernels import gather_tokens, select_tokens, use_backend
+from evad_kernels import _backend, gather_tokens, select_tokens, use_backend
 from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts, on_default_device
 from evad_kernels.token_selection import select_tokens_with_slots
 
@@ -226,6 +227,50 @@ def test_gather_gradient(backend, case, dtype, repeated):
         _, reference = gradients(run, [tokens])
         _, truth = gradients(run, [tokens.double()])
     assert_accurate(actual[0], reference[0], truth[0], label="grad_tokens")
+
+
+@pytest.fixture
+def cpu_kernels():
+    if _backend.native is None:
+        pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
+    with use_backend("cpu"), torch.device("cpu"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C", [1, 63, 64, 101])
+def test_gather_gradient_adds_copies_in_order(cpu_kernels, dtype, C):
+    generator = torch.Generator().manual_seed(0)
+    B, M, num_keyframe, num_select = 2, 23, 3, 100
+    index = torch.randint(0, M - 5, (B, num_select), generator=generator)
+    grad_kept = torch.randn(B, num_keyframe + num_select, C, generator=generator, dtype=torch.float64).to(dtype)
+    tokens = torch.zeros(B, num_keyframe + M, C, dtype=dtype, requires_grad=True)
+    (actual,) = torch.autograd.grad(gather_tokens(tokens, index, num_keyframe=num_keyframe), tokens, grad_kept)
+
+    total = torch.zeros(tokens.shape, dtype=torch.promote_types(dtype, torch.float32))
+    total[:, :num_keyframe] = grad_kept[:, :num_keyframe]
+    for b in range(B):
+        for k, m in enumerate(index[b].tolist()):
+            total[b, num_keyframe + m] += grad_kept[b, num_keyframe + k]
+    assert torch.equal(actual, total.to(dtype))
+
+
+def test_gather_gradient_looks_for_no_copy(cpu_kernels):
+    """The time of repeated tokens does not grow with what lies between the copies."""
+    M, C = 20_000, 8
+    tokens = torch.zeros(1, M, C, requires_grad=True)
+
+    def seconds(index):
+        kept = gather_tokens(tokens, index[None])
+        times = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            torch.autograd.grad(kept, tokens, torch.ones_like(kept), retain_graph=True)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    far, near = torch.arange(M // 2).repeat(4), torch.arange(M // 2).repeat_interleave(4)
+    assert seconds(far) < 30 * seconds(near)
 
 
 def test_gather_gradient_of_complex_tokens(backend):
