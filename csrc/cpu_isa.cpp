@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -19,6 +20,7 @@ namespace evad {
 namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+constexpr int kCount = static_cast<int>(std::size(kNames));
 
 #if defined(EVAD_X86)
 // The tile registers must be asked for, once a process; the kernel refuses where the machine has none.
@@ -57,15 +59,18 @@ Isa detect() {
 }
 
 Isa parse(const std::string& name) {
-  for (int i = 0; i < 4; ++i)
+  std::string expected;
+  for (int i = 0; i < kCount; ++i) {
     if (name == kNames[i]) return static_cast<Isa>(i);
-  throw std::invalid_argument("EVAD_KERNELS_CPU_ISA must be baseline, avx2, avx512 or amx, got '" + name + "'");
+    expected += (i == 0 ? "" : i < kCount - 1 ? ", " : " or ") + std::string(kNames[i]);
+  }
+  throw std::invalid_argument("EVAD_KERNELS_CPU_ISA must be " + expected + ", got '" + name + "'");
 }
 
 std::atomic<int>& cap() {
   static std::atomic<int> value = [] {
     const char* name = std::getenv("EVAD_KERNELS_CPU_ISA");
-    return static_cast<int>(name && *name ? parse(name) : Isa::amx);
+    return static_cast<int>(name && *name ? parse(name) : detected_isa());
   }();
   return value;
 }

@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -547,6 +548,39 @@ def test_isa_cap_from_the_environment():
         environment = {**os.environ, "EVAD_KERNELS_CPU_ISA": name}
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
         assert want in (run.stdout if run.returncode == 0 else run.stderr)
+
+
+def test_new_instruction_set_needs_its_name_and_detection(tmp_path):
+    """Steps of CONTRIBUTING: a name more is accepted, chosen where it is found, and told by errors."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("no g++")
+    csrc = Path(__file__).parent.parent / "csrc"
+    for name, old, new in (
+        ("cpu_isa.h", "amx = 3 }", "amx = 3, newest = 4 }"),
+        ("cpu_isa.cpp", '"amx"}', '"amx", "newest"}'),
+        ("cpu_isa.cpp", "Isa detect() {", "Isa detect() {\n  if (true) return Isa::newest;"),
+    ):
+        file = tmp_path / name
+        text = (file if file.exists() else csrc / name).read_text()
+        assert text.count(old) == 1
+        file.write_text(text.replace(old, new))
+    (tmp_path / "main.cpp").write_text(
+        '#include "cpu_isa.h"\n#include <cstdio>\n#include <exception>\n'
+        "int main() {\n  try { std::puts(evad::isa_name(evad::cpu_isa())); }\n"
+        "  catch (const std::exception& error) { std::puts(error.what()); }\n}\n"
+    )
+    program = tmp_path / "main"
+    subprocess.run(
+        [compiler, "-std=c++17", program.with_suffix(".cpp"), tmp_path / "cpu_isa.cpp", "-o", program], check=True
+    )
+    for asked, want in (
+        (None, "newest"),
+        ("newest", "newest"),
+        ("avx2", "avx2"),
+        ("sse9", "EVAD_KERNELS_CPU_ISA must be baseline, avx2, avx512, amx or newest, got 'sse9'"),
+    ):
+        environment = {"EVAD_KERNELS_CPU_ISA": asked} if asked else {}
+        assert subprocess.run([program], capture_output=True, text=True, env=environment).stdout.strip() == want
 
 
 def test_more_than_two_to_the_31_elements():
