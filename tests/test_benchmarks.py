@@ -374,7 +374,7 @@ def test_a_stage_that_is_stopped_leaves_what_it_wrote_and_no_process(monkeypatch
     monkeypatch.setattr(
         gpu_check, "STAGES", {name: gpu_check.Stage(command, 6, "all") for name, command in stages.items()}
     )
-    monkeypatch.setattr(gpu_check, "GROUPS", {"attention": []})
+    monkeypatch.setattr(gpu_check, "GROUPS", {"attention": [], "evad": []})
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path), *stages])
     begin = time.monotonic()
     assert gpu_check.main() == 1
@@ -404,7 +404,7 @@ def check_in_a_process(tmp_path, child, seconds):
     """The command of a gpu_check of one stage, a script; begun as by a shell in the background, SIGINT ignored."""
     script = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from benchmarks import gpu_check\n"
-        "gpu_check.GRACE, gpu_check.GROUPS = 5, {'attention': ['waits']}\n"
+        "gpu_check.GRACE, gpu_check.GROUPS = 5, {'attention': ['waits'], 'evad': []}\n"
         f"gpu_check.STAGES = {{'waits': gpu_check.Stage([sys.executable, '-c', {child!r}], {seconds})}}\n"
         f"sys.argv = ['gpu_check', '--out', {str(tmp_path)!r}, 'waits']\n"
         "gpu_check.main()"
