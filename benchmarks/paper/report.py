@@ -121,10 +121,10 @@ def verdict(trend: Trend, experiment: Experiment, records: Records) -> str:
     return f"{words}: {seen}, {why} ({found.mean:+.2f}{asked})"
 
 
-def claims(records: Records, experiments: Sequence[Experiment] = EXPERIMENTS) -> str:
+def claims(records: Records) -> str:
     """A table of the trends that there are seeds enough for; what several of the paper's tables ask is one row."""
     found: dict[tuple, tuple[list[str], Trend, Comparison]] = {}
-    for experiment in experiments:
+    for experiment in EXPERIMENTS:
         rows = {row.label: row._replace(label="", paper=None) for row in experiment.rows}
         for trend in experiment.trends:
             comparison = compare(trend, experiment, records)
