@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import platform
 import statistics
 import sys
 import time
@@ -38,6 +39,13 @@ PARTS = {
     "decoder": "decoder",
     "action_classifier": "decoder.classifiers",
 }
+
+
+def bfloat16_is_slow(device: torch.device | str) -> bool:
+    """Whether matrix products in bfloat16 take longer than in float32: torch has none for x86 CPUs without AVX-512."""
+    if torch.device(device).type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 class Profile(NamedTuple):

@@ -40,6 +40,7 @@ from .data import Batch, collate
 from .detector import EVAD
 from .evaluation import evaluate
 from .losses import Counts, count
+from .profile import bfloat16_is_slow
 from .recipe import Run, Training, adamw, learning_rate
 from .snapshots import TrainingError, claim, is_full, last_good, read_snapshot, snapshots, write_snapshot
 
@@ -144,6 +145,11 @@ class Trainer:
         if not self.epoch_steps:
             raise ValueError(f"data: {len(dataset)} clips are less than one batch of {self.config.batch_size}")
         self.steps = self.epoch_steps * self.config.epochs
+        if self.training.precision == "bfloat16" and bfloat16_is_slow(self.device):
+            warnings.warn(
+                "training.precision = bfloat16: torch has no fast bfloat16 here, float32 is several times faster",
+                stacklevel=2,
+            )
         self.claimed = claim(self.folder) if self.rank == 0 else None
         if self.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

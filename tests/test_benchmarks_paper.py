@@ -236,12 +236,14 @@ def test_a_difference_of_differences():
     assert found.gaps == pytest.approx([2.0] * 3) and found.paper == pytest.approx(3.9) and found.verdict == "holds"
 
 
-def test_runs_of_different_starts_are_not_compared():
+def test_runs_of_different_starts_or_precision_are_not_compared():
     names = ("keep_rate=0.7", "keep_rate=0.7,pruning=random")
     records = {name: [fake(name, seed, mAP=0.5) | {"start_sha256": "a"} for seed in range(3)] for name in names}
     records[names[0]][1]["start_sha256"] = "b"
     experiment = next(e for e in EXPERIMENTS if e.title.startswith("Table 1b"))
     assert len(report.compare(experiment.trends[0], experiment, records).gaps) == 2
+    records[names[1]][2]["precision"] = "float16"
+    assert len(report.compare(experiment.trends[0], experiment, records).gaps) == 1
 
 
 def test_report_without_records_says_not_run():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evad import EVAD, EVADConfig
+from evad import EVAD, EVADConfig, profile
 from evad.checkpoint import save_checkpoint
 from evad.cli import _common, evaluate, main
 from evad.console import CommandError
@@ -222,6 +222,30 @@ def test_a_model_runs_in_float32(tmp_path, capfd, checkpoint, monkeypatch):
     for options in ((), ("--dtype", "bfloat16")):
         assert run(capfd, "--data", "synthetic", "--checkpoint", checkpoint, *options, "--out", tmp_path)[0] == 2
     assert chosen == [(torch.device("cuda:0"), torch.float32), (torch.device("cuda:0"), torch.bfloat16)]
+
+
+def test_says_once_where_bfloat16_is_slow(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(profile, "bfloat16_is_slow", lambda device: True)
+    _common._say_once.cache_clear()
+    for options, lines in ((("float32",), 0), (("bfloat16",), 1), (("bfloat16",), 0)):
+        assert (
+            run(
+                capfd,
+                "--data",
+                "synthetic",
+                "--limit",
+                1,
+                "--workers",
+                0,
+                "--device",
+                "cpu",
+                "--dtype",
+                *options,
+                "--out",
+                tmp_path,
+            )[2].count("float32 is several times faster")
+            == lines
+        )
 
 
 def test_names_of_the_package_beside_folders_of_that_name(tmp_path, capfd, checkpoint, monkeypatch):

@@ -1,12 +1,13 @@
 """The cost of a detector: the paper's Tables 2, 3, 4 and 6, by counting."""
 
+import platform
 from functools import partial
 
 import pytest
 import torch
 
 from evad import EVAD, EVADConfig
-from evad.profile import PARTS, TRAINED, measure, measure_in_turns, profile, profile_training
+from evad.profile import PARTS, TRAINED, bfloat16_is_slow, measure, measure_in_turns, profile, profile_training
 
 # GFLOPs in the paper, and more exactly by its convention.
 PAPER = {
@@ -58,6 +59,22 @@ def test_profiles_a_model_without_touching_it():
     assert cost.tokens[-1] == profile(model.config, (96, 144), 0.8).tokens[-1]
     assert model.config.keep_rate == 0.6 and model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "slow"),
+    [
+        ("x86_64", "AVX2", True),
+        ("AMD64", "DEFAULT", True),
+        ("x86_64", "AVX512", False),
+        ("x86_64", "AVX512_BF16", False),
+        ("aarch64", "DEFAULT", False),
+    ],
+)
+def test_where_bfloat16_is_slow(monkeypatch, machine, capability, slow):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert bfloat16_is_slow("cpu") is slow and not bfloat16_is_slow("cuda")
 
 
 def test_measure():

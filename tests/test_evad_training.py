@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from evad import EVAD, EVADConfig, load_checkpoint, read_config
+from evad import EVAD, EVADConfig, load_checkpoint, read_config, training
 from evad.checkpoint import read_labels
 from evad.cli import main
 from evad.data import DATASETS, Sample
@@ -263,6 +263,13 @@ def test_options(options, tmp_path):
     assert other.losses["loss_total"] == pytest.approx(
         plain.losses["loss_total"], rel=0 if "recompute" in options else 0.1
     )
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_says_where_bfloat16_is_slow(tmp_path, monkeypatch, recwarn, slow):
+    monkeypatch.setattr(training, "bfloat16_is_slow", lambda device: slow)
+    fit(tmp_path, micro_run(epochs=1, precision="bfloat16"))
+    assert ["float32 is several times faster" in str(warning.message) for warning in recwarn].count(True) == slow
 
 
 def test_starts_from_given_weights(tmp_path):

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+from evad.profile import bfloat16_is_slow
+from evad.recipe import PRECISIONS
+
 from . import report, runner
 from .experiments import RUNS
 from .schedule import make_all
@@ -36,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--start-steps", type=int, default=plan.start_steps, help=f"of a start [{plan.start_steps}]")
     parser.add_argument("--clips", type=int, default=plan.clips, help=f"that a model is scored on [{plan.clips}]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of training [bfloat16; float32 where that is faster]")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of runs/ and REPORT.md [benchmarks/paper]")
     parser.add_argument("--work", type=Path, default=Path("evad_paper"), help="folder of checkpoints [evad_paper]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time [1]")
@@ -49,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{run.name:45} {run.kind:8} {' '.join(str(record['seed']) for record in known.get(run.name, ()))}")
         return
     if not args.report:
-        plan = plan._replace(steps=args.steps, start_steps=args.start_steps, clips=args.clips, device=args.device)
+        precision = args.precision or ("float32" if bfloat16_is_slow(args.device) else "bfloat16")
+        plan = runner.Plan(args.steps, args.start_steps, args.clips, device=args.device, precision=precision)
         make_all(plan, args.only, args.seeds, records, args.work, args.jobs)
     known = report.read_records(records)
     (args.out / "REPORT.md").write_text(report.text(known, report.read_records(HERE / "earlier")))

@@ -98,11 +98,13 @@ def compare(trend: Trend, experiment: Experiment, records: Records) -> Compariso
 
 
 def _unlike(rows: Sequence[Row], records: Records) -> set[int]:
-    """Seeds whose runs began with different weights, as far as the records say."""
-    starts: dict[int, set[str]] = {}
-    for record in (record for row in rows for record in records.get(row.run, ()) if "start_sha256" in record):
-        starts.setdefault(record["seed"], set()).add(record["start_sha256"])
-    return {seed for seed, some in starts.items() if len(some) > 1}
+    """Seeds whose runs differ in their start's weights or in precision, as far as the records say."""
+    found: dict[tuple[int, str], set[str]] = {}
+    for record in (record for row in rows for record in records.get(row.run, ())):
+        for what in ("start_sha256", "precision"):
+            if what in record:
+                found.setdefault((record["seed"], what), set()).add(record[what])
+    return {seed for (seed, _), some in found.items() if len(some) > 1}
 
 
 def verdict(trend: Trend, experiment: Experiment, records: Records) -> str:

@@ -42,6 +42,7 @@ class Plan(NamedTuple):
     clips: int = 1000  # of the split "test", which nothing is trained on
     batch_size: int = 16
     device: str = "cpu"
+    precision: str = "bfloat16"  # of training's matrix products
     model: Mapping = MappingProxyType({})  # replaces fields of every model: a test's smaller ones
 
 
@@ -78,7 +79,7 @@ def make_start(seed: int, plan: Plan, work: Path, say: Callable[[str], None]) ->
     tokens, chooses badly among them for long (benchmarks/NOTES.md).
     """
     model = {"keep_rate": 1.0, "action_loss_weight": 0.0}
-    folder = work / f"start={plan.start_steps}" / f"located,seed={seed}"
+    folder = work / f"start={plan.start_steps},{plan.precision}" / f"located,seed={seed}"
     return _without_decoder(_fit(folder, model, seed, plan, plan.start_steps, "", work, say))
 
 
@@ -96,7 +97,7 @@ def _trained(run: Run, seed: int, plan: Plan, work: Path, say) -> dict:
         "start_steps": plan.start_steps,
         "start_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "batch_size": plan.batch_size,
-        "precision": "bfloat16",
+        "precision": plan.precision,
         "evaluations": _evaluate(model, run.rates, seed, plan, work),
     }
 
@@ -114,7 +115,7 @@ def _fit(folder: Path, model: dict, seed: int, plan: Plan, steps: int, weights: 
                 "seed": seed,
                 "epochs": 1,
                 "batch_size": plan.batch_size,
-                "precision": "bfloat16",
+                "precision": plan.precision,
                 "warmup_epochs": 0.05,
                 "weights": weights,
                 "evaluate_every": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -176,7 +177,16 @@ def placement(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
         raise CommandError(f"--device: {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     if args.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    from ..profile import bfloat16_is_slow
+
+    if args.dtype == "bfloat16" and bfloat16_is_slow(device):
+        _say_once("--dtype bfloat16: torch has no fast bfloat16 on this CPU, float32 is several times faster")
     return device, DTYPES[args.dtype]
+
+
+@functools.cache  # commands ask for the placement more than once
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _load(model, path: Path, name: str) -> tuple[str, str]:
