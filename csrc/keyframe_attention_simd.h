@@ -4,9 +4,14 @@
 //
 // A block of 24 rows at a time: logits of the whole row by panels of packed K^T, exp2 in place, column sums, then times
 // V. One microkernel does every product: 6 rows x EVAD_VECTORS vectors stay in registers, the left factor is broadcast.
-// Logits are kept in base 2 (scale * log2 e folded in after the product), so that exp2 needs no range constants.
+// Logits are kept in base 2 (scale * log2 e folded in after the product), so that exp2 needs no range constants. Packed
+// halves stay halves: widening them costs less than twice the cache.
 #include "keyframe_attention.h"
 #include "keyframe_attention_kernels.h"
+
+#if EVAD_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
 
 #define EVAD_INLINE __attribute__((always_inline)) inline
 
@@ -47,10 +52,43 @@ template <class C>
 EVAD_INLINE Vector<C> load(const C* p) {
   return *reinterpret_cast<const Vector<C>*>(p);
 }
+// kWidth<float> halves, aligned to their size.
+#if EVAD_VECTOR_BYTES == 64
+EVAD_INLINE Vector<float> load(const bfloat16* p) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+EVAD_INLINE Vector<float> load(const float16* p) {
+  return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(p)));
+}
+#elif EVAD_VECTOR_BYTES == 32
+EVAD_INLINE Vector<float> load(const bfloat16* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+EVAD_INLINE Vector<float> load(const float16* p) {
+  return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+}
+#endif
 template <class C>
 EVAD_INLINE void store(C* p, Vector<C> v) {
   *reinterpret_cast<Vector<C>*>(p) = v;
 }
+// What a right factor of type T is packed as: as it is, where a load can widen it.
+#if EVAD_VECTOR_BYTES > 16
+template <class T>
+using packed_t = T;
+#else
+template <class T>
+using packed_t = accumulate_t<T>;
+EVAD_INLINE void pack(float16 x, float& to) { to = to_float(x); }
+EVAD_INLINE void pack(bfloat16 x, float& to) { to = to_float(x); }
+#endif
+template <class T>
+EVAD_INLINE void pack(T x, T& to) {
+  to = x;
+}
+
 template <class C>
 EVAD_INLINE Vector<C> splat(C x) {
   return x - Vector<C>{};
@@ -105,8 +143,8 @@ EVAD_INLINE void for_panels(int64_t columns, const Body& body) {
 }
 
 // sum[m][v] += sum_k a[k, m] * b[k, v]: k-th left elements at a + k * a_k + m * a_m, k-th right vectors at b + k * b_k.
-template <class C, int NV>
-EVAD_INLINE void multiply(Vector<C> (&sum)[kRows][NV], const C* a, int64_t a_k, int64_t a_m, const C* b, int64_t b_k,
+template <class C, int NV, class P>
+EVAD_INLINE void multiply(Vector<C> (&sum)[kRows][NV], const C* a, int64_t a_k, int64_t a_m, const P* b, int64_t b_k,
                           int64_t depth) {
   for (int64_t k = 0; k < depth; ++k, a += a_k, b += b_k) {
     Vector<C> right[NV];
@@ -122,8 +160,8 @@ EVAD_INLINE void multiply(Vector<C> (&sum)[kRows][NV], const C* a, int64_t a_k, 
 }
 
 // c[m, :] += the same product; c has rows of c_m elements.
-template <class C, int NV>
-EVAD_INLINE void multiply_add(C* c, int64_t c_m, const C* a, int64_t a_k, int64_t a_m, const C* b, int64_t b_k,
+template <class C, int NV, class P>
+EVAD_INLINE void multiply_add(C* c, int64_t c_m, const C* a, int64_t a_k, int64_t a_m, const P* b, int64_t b_k,
                               int64_t depth) {
   Vector<C> sum[kRows][NV];
 #pragma GCC unroll 6
@@ -138,36 +176,36 @@ EVAD_INLINE void multiply_add(C* c, int64_t c_m, const C* a, int64_t a_k, int64_
 }
 
 // Rows of x [rows, D] as panels: [columns / panel][rows][panel], zeros beyond D.
-template <class C, class T>
-void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t D, C* packed) {
+template <class C, class T, class P>
+void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t D, P* packed) {
   for_panels<C>(round_up(D, kWidth<C>), [&](auto count, int64_t column) {
     constexpr int64_t width = decltype(count)::value * kWidth<C>;
-    C* to = packed + column * rows;
+    P* to = packed + column * rows;
     const int64_t filled = D - column < width ? D - column : width;
     for (int64_t r = 0; r < rows; ++r, to += width) {
       const T* from = x + r * stride + column;
-      for (int64_t d = 0; d < filled; ++d) to[d] = to_float(from[d]);
-      for (int64_t d = filled; d < width; ++d) to[d] = 0;
+      for (int64_t d = 0; d < filled; ++d) pack(from[d], to[d]);
+      for (int64_t d = filled; d < width; ++d) to[d] = P{};
     }
   });
 }
 
 // x [N, D] transposed, as panels of columns: [N / panel][D][panel], zeros beyond N.
-template <class C, class T>
-void pack_transposed(const T* x, int64_t stride, int64_t N, int64_t D, C* packed) {
+template <class C, class T, class P>
+void pack_transposed(const T* x, int64_t stride, int64_t N, int64_t D, P* packed) {
   for_panels<C>(round_up(N, kWidth<C>), [&](auto count, int64_t column) {
     constexpr int64_t width = decltype(count)::value * kWidth<C>;
-    C* to = packed + column * D;
+    P* to = packed + column * D;
     const int64_t filled = N - column < width ? N - column : width;
     for (int64_t j = 0; j < width; j += kWidth<C>)
       for (int64_t d = 0; d < D; ++d) {
         const T* from = x + (column + j) * stride + d;
-        Vector<C> v = {};
+        P lane[kWidth<C>] = {};
         if (j + kWidth<C> <= filled)
-          for (int64_t i = 0; i < kWidth<C>; ++i) v[i] = to_float(from[i * stride]);
+          for (int64_t i = 0; i < kWidth<C>; ++i) pack(from[i * stride], lane[i]);
         else
-          for (int64_t i = 0; j + i < filled; ++i) v[i] = to_float(from[i * stride]);
-        store(to + d * width + j, v);
+          for (int64_t i = 0; j + i < filled; ++i) pack(from[i * stride], lane[i]);
+        __builtin_memcpy(to + d * width + j, lane, sizeof lane);
       }
   });
 }
@@ -204,9 +242,9 @@ struct Carve {
   }
 };
 
-template <class C>
+template <class C, class P>
 struct ForwardWorkspace {
-  C *key, *value;       // K^T and V, packed; they outlive the task
+  P *key, *value;       // K^T and V, packed; they outlive the task
   C* query;             // [kBlock, padded D]
   C* logits;            // [kBlock, stride]: logits, then unnormalised probabilities
   C* output;            // [kBlock, padded D]
@@ -217,8 +255,8 @@ struct ForwardWorkspace {
   ForwardWorkspace(char* base, int64_t N, int64_t D) {
     const int64_t padded_N = round_up(N, kWidth<C>), padded_D = round_up(D, kWidth<C>);
     Carve carve{base};
-    key = carve.take<C>(padded_N * D);
-    value = carve.take<C>(N * padded_D);
+    key = carve.take<P>(padded_N * D);
+    value = carve.take<P>(N * padded_D);
     query = carve.take<C>(kBlock * padded_D);
     logits = carve.take<C>(kBlock * logit_stride<C>(N));
     output = carve.take<C>(kBlock * padded_D);
@@ -230,9 +268,9 @@ struct ForwardWorkspace {
   }
 };
 
-template <class C>
+template <class T>
 size_t forward_workspace(int64_t N, int64_t D) {
-  return ForwardWorkspace<C>(nullptr, N, D).bytes;
+  return ForwardWorkspace<accumulate_t<T>, packed_t<T>>(nullptr, N, D).bytes;
 }
 
 template <class C>
@@ -247,22 +285,25 @@ void fill_pads(int64_t N, C* pad, C* last_pad) {
 
 // logits [kBlock, stride] = scale * left right^T + pad (last_pad in the last panel), and the running maximum of each
 // row where wanted.
-template <bool kMaxima, class C>
-void block_logits(const C* left, const C* right, int64_t N, int64_t D, C scale, const C* pad, const C* last_pad,
+template <bool kMaxima, class C, class P>
+void block_logits(const C* left, const P* right, int64_t N, int64_t D, C scale, const C* pad, const C* last_pad,
                   C* logits, int64_t stride, Vector<C>* maxima) {
   const int64_t columns = round_up(N, kWidth<C>), padded_D = round_up(D, kWidth<C>);
+  // Read anew after each product: a register for it would put one of the product's sixteen on the stack.
+  const volatile C scale_in_memory = scale;
   for_panels<C>(columns, [&](auto count, int64_t column) {
     constexpr int NV = decltype(count)::value;
     const C* add = column + NV * kWidth<C> == columns ? last_pad : pad;
     for (int64_t group = 0; group < kBlock; group += kRows) {
       Vector<C> sum[kRows][NV] = {};
       multiply<C, NV>(sum, left + group * padded_D, 1, padded_D, right + column * D, NV * kWidth<C>, D);
+      const C scale_now = scale_in_memory;
 #pragma GCC unroll 6
       for (int m = 0; m < kRows; ++m) {
         Vector<C> largest_yet = kMaxima ? maxima[group + m] : Vector<C>{};
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
-          const Vector<C> logit = sum[m][v] * scale + load(add + v * kWidth<C>);
+          const Vector<C> logit = sum[m][v] * scale_now + load(add + v * kWidth<C>);
           store(logits + (group + m) * stride + column + v * kWidth<C>, logit);
           if (kMaxima) largest_yet = larger<C>(logit, largest_yet);
         }
@@ -274,8 +315,8 @@ void block_logits(const C* left, const C* right, int64_t N, int64_t D, C scale, 
 
 // output [kBlock, padded D] = left [kBlock, N] times packed rows. visit(begin, end) sees each run of columns of left
 // just before its product, which then finds them in the first-level cache.
-template <class C, class Visit>
-EVAD_INLINE void block_product(const C* left, int64_t stride, const C* packed, int64_t N, int64_t D, C* output,
+template <class C, class P, class Visit>
+EVAD_INLINE void block_product(const C* left, int64_t stride, const P* packed, int64_t N, int64_t D, C* output,
                                const Visit& visit) {
   const int64_t columns = round_up(D, kWidth<C>);
   for (int64_t i = 0; i < kBlock * columns; i += kWidth<C>) store(output + i, Vector<C>{});
@@ -295,7 +336,7 @@ EVAD_INLINE void block_product(const C* left, int64_t stride, const C* packed, i
 template <class T>
 void forward(const AttentionForwardTask& t, char* workspace) {
   using C = accumulate_t<T>;
-  const ForwardWorkspace<C> w(workspace, t.N, t.D);
+  const ForwardWorkspace<C, packed_t<T>> w(workspace, t.N, t.D);
   const int64_t stride = logit_stride<C>(t.N), columns = round_up(t.N, kWidth<C>), padded_D = round_up(t.D, kWidth<C>);
   const C scale = static_cast<C>(t.scale * kLog2E), keyframe_weight = static_cast<C>(t.keyframe_weight);
   if (!t.same_head) {
@@ -313,7 +354,7 @@ void forward(const AttentionForwardTask& t, char* workspace) {
     };
     copy_rows<C, T>(row, t.D, w.query);
     for (int64_t r = 0; r < kBlock; ++r) w.maxima[r] = splat(-static_cast<C>(__builtin_inf()));
-    block_logits<true, C>(w.query, w.key, t.N, t.D, scale, w.pad, w.last_pad, w.logits, stride, w.maxima);
+    block_logits<true>(w.query, w.key, t.N, t.D, scale, w.pad, w.last_pad, w.logits, stride, w.maxima);
 
     C inverse[kBlock], factor[kBlock];
     for (int64_t r = 0; r < count; ++r) {
@@ -348,9 +389,9 @@ void forward(const AttentionForwardTask& t, char* workspace) {
   }
 }
 
-template <class C>
+template <class C, class P>
 struct BackwardWorkspace {
-  C *key, *value, *key_rows;             // K^T, V^T and K, packed
+  P *key, *value, *key_rows;             // K^T, V^T and K, packed
   C *grad_key, *grad_value;              // [N rounded up to kRows, padded D]
   C *query, *grad_output, *grad_query;   // [kBlock, padded D]
   C *logits, *grad;                      // [kBlock, stride]: probabilities; their gradient, then that of the logits
@@ -360,9 +401,9 @@ struct BackwardWorkspace {
   BackwardWorkspace(char* base, int64_t N, int64_t D) {
     const int64_t padded_N = round_up(N, kWidth<C>), padded_D = round_up(D, kWidth<C>);
     Carve carve{base};
-    key = carve.take<C>(padded_N * D);
-    value = carve.take<C>(padded_N * D);
-    key_rows = carve.take<C>(N * padded_D);
+    key = carve.take<P>(padded_N * D);
+    value = carve.take<P>(padded_N * D);
+    key_rows = carve.take<P>(N * padded_D);
     grad_key = carve.take<C>(round_up(N, kRows) * padded_D);
     grad_value = carve.take<C>(round_up(N, kRows) * padded_D);
     query = carve.take<C>(kBlock * padded_D);
@@ -378,9 +419,9 @@ struct BackwardWorkspace {
   }
 };
 
-template <class C>
+template <class T>
 size_t backward_workspace(int64_t N, int64_t D) {
-  return BackwardWorkspace<C>(nullptr, N, D).bytes;
+  return BackwardWorkspace<accumulate_t<T>, packed_t<T>>(nullptr, N, D).bytes;
 }
 
 // sum [N, padded D] += left^T right: left [count, stride], right [count, padded D].
@@ -405,7 +446,7 @@ void write_rows(const C* rows, int64_t N, int64_t D, T* to, int64_t stride) {
 template <class T>
 void backward(const AttentionBackwardTask& t, char* workspace) {
   using C = accumulate_t<T>;
-  const BackwardWorkspace<C> w(workspace, t.N, t.D);
+  const BackwardWorkspace<C, packed_t<T>> w(workspace, t.N, t.D);
   const int64_t stride = logit_stride<C>(t.N), columns = round_up(t.N, kWidth<C>), padded_D = round_up(t.D, kWidth<C>);
   const C scale = static_cast<C>(t.scale), keyframe_weight = static_cast<C>(t.keyframe_weight);
   pack_transposed<C>(static_cast<const T*>(t.key), t.key_stride, t.N, t.D, w.key);
@@ -437,9 +478,9 @@ void backward(const AttentionBackwardTask& t, char* workspace) {
     copy_rows<C, T>(grad_output, t.D, w.grad_output);
     Vector<C> maxima[kBlock];
     for (int64_t r = 0; r < kBlock; ++r) maxima[r] = splat(-static_cast<C>(__builtin_inf()));
-    block_logits<true, C>(w.query, w.key, t.N, t.D, static_cast<C>(t.scale * kLog2E), w.pad, w.last_pad, w.logits,
+    block_logits<true>(w.query, w.key, t.N, t.D, static_cast<C>(t.scale * kLog2E), w.pad, w.last_pad, w.logits,
                           stride, maxima);
-    block_logits<false, C>(w.grad_output, w.value, t.N, t.D, C(1), w.pad, w.pad, w.grad, stride, nullptr);
+    block_logits<false>(w.grad_output, w.value, t.N, t.D, C(1), w.pad, w.pad, w.grad, stride, nullptr);
 
     for (int64_t r = 0; r < count; ++r) {
       C *p = w.logits + r * stride, *grad = w.grad + r * stride;
@@ -478,8 +519,7 @@ void backward(const AttentionBackwardTask& t, char* workspace) {
 }
 
 template <class T>
-constexpr AttentionKernels kTable = {forward_workspace<accumulate_t<T>>, forward<T>,
-                                     backward_workspace<accumulate_t<T>>, backward<T>};
+constexpr AttentionKernels kTable = {forward_workspace<T>, forward<T>, backward_workspace<T>, backward<T>};
 
 }  // namespace
 
