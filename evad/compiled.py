@@ -186,7 +186,8 @@ def replays(device: torch.device) -> bool:
 
 def _twin(model: EVAD) -> EVAD:
     """A model of its own in evaluation mode, on the same memory of weights."""
-    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    # Whether a weight wants a gradient decides, even where none is recorded, how torch multiplies by it.
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     return copy.deepcopy(model, memo).eval()
 
