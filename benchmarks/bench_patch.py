@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import evad_kernels
 from benchmarks._harness import Contestants, Goal, draw, significant
 from benchmarks.ceilings import Work
+from evad.profile import bfloat16_is_slow
 from evad_kernels import patch
 
 TOME = (
@@ -157,6 +158,8 @@ def agreement(contestants, device, model, dtype):
 @pytest.mark.parametrize("case", CASES)
 def bench_forward(contest, case):
     pytest.importorskip("transformers", reason="transformers is not installed")
+    if CASES[case]["dtype"] == "bfloat16" and bfloat16_is_slow(contest.device):
+        pytest.skip("torch has no fast bfloat16 on this CPU")
     contest.run(
         "patched ViT",
         case,

@@ -373,9 +373,11 @@ def parts_table(rows: list[dict], peaks: dict[str, float]) -> str:
 def paper_tables(rows: list[dict]) -> str:
     """Tables 2, 3 and 4, theirs and ours."""
     ours = {}  # (preset, short side, rate) -> GFLOPs and frames/s of the largest batch
+    rows = [row for row in rows if row["details"]["dtype"] == "bfloat16"] or rows
+    dtype = ", ".join(dict.fromkeys(row["details"]["dtype"] for row in rows))
     for row in rows:
         details = row["details"]
-        if details["dtype"] == "bfloat16" and details["size"][0] == details["size"][1]:
+        if details["size"][0] == details["size"][1]:
             for rate, ms in milliseconds(row).items():
                 entry = details["batch"], details["gflops_paper"][rate], 1e3 * FRAMES * details["batch"] / ms
                 key = details["model"], details["size"][0], rate
@@ -388,7 +390,7 @@ def paper_tables(rows: list[dict]) -> str:
                 theirs = (table[preset, side].get(rate, "") for table in (PAPER_MAP, PAPER_GFLOPS, PAPER_SPEED))
                 yield preset, side, rate, *theirs, f"{gflops:.1f}", number(speed)
 
-    head = ("model", "short side", "keep rate", "paper: mAP", "GFLOPs", "frames/s (A100)", "ours: GFLOPs", "frames/s")
+    head = ("model", "short side", "keep rate", "paper: mAP", "GFLOPs", "frames/s (A100)", "ours: GFLOPs", f"frames/s ({dtype})")
     tables = {
         "Table 2, keep rates": [("vit_b", side, rate) for side in (224, 288) for rate in PAPER_SPEED["vit_b", side]],
         "Table 3, resolutions": [
