@@ -188,9 +188,14 @@ EVAD_INLINE bool largest_of(const RoiShape& shape, const RoiBox<F>& box, const F
   for (int v = 0; v < L::kCount; ++v) best[v] = L::splat(static_cast<F>(-__builtin_inf()));
   for_bins<L>(ByRows, shape, box, cell, begin, workspace, [&](int64_t bin, const V* value) EVAD_INLINE_LAMBDA {
     const I this_bin = L::splat_index(bin);
+    if (!Exact) {  // one addition a bin waits for the bin before
+      V sum = value[0];
+#pragma GCC unroll 4
+      for (int v = 1; v < L::kCount; ++v) sum += value[v];
+      total += sum;
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < L::kCount; ++v) {
-      if (!Exact) total += value[v];
       if (!Exact && !Index)
         best[v] = L::larger(value[v], best[v]);
       else
