@@ -23,11 +23,13 @@ torch.backends.cudnn.allow_tf32 = False  # float32 convolutions of references an
 
 
 def patch_triton_interpreter():
-    """Two mends of Triton's interpreter, which the tests run.
+    """Three mends of Triton's interpreter, which the tests run.
 
-    It patches its language again at each call of a device function: most of its time. And before Triton 3.9 it makes a
-    number of an array of one element by ``int``, which NumPy 2.4 refuses.
+    It patches its language again at each call of a device function: most of its time. Before Triton 3.9 it makes a
+    number of an array of one element by ``int``, which NumPy 2.4 refuses. And its products are NumPy's, which on some
+    CPUs add up in an order that depends on the tile; kernels count on products that repeat, as a GPU's do.
     """
+    import numpy as np
     from triton import language
     from triton.runtime import interpreter
 
@@ -42,7 +44,16 @@ def patch_triton_interpreter():
         patched = not any(language.core.is_builtin(x.load) for x in used)
         return interpreter._LangPatchScope() if patched else patch(function)
 
+    def create_dot(self, a, b, d, *options):
+        if a.data.dtype not in (np.float16, np.float32):
+            return multiply(self, a, b, d, *options)
+        total = np.zeros_like(d.data)
+        for k in range(a.data.shape[-1]):
+            total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :].astype(total.dtype)
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
     interpreter._patch_lang, interpreter._patch_lang_tensor = patch_unless_patched, patch_tensor_and_index
+    multiply, interpreter.InterpreterBuilder.create_dot = interpreter.InterpreterBuilder.create_dot, create_dot
 
 
 def pytest_addoption(parser):

@@ -645,28 +645,8 @@ def test_rejects_bad_input(backend, change, error, message):
             keyframe_attention(**arguments)
 
 
-@pytest.fixture
-def repeatable_products(monkeypatch):
-    """The same products for every order of operands and tile, as a GPU makes them: NumPy's differ on some CPUs."""
-    if not _backend.INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    multiply = builder.create_dot
-
-    def create_dot(self, a, b, d, *options):
-        if a.data.dtype not in (np.float16, np.float32):
-            return multiply(self, a, b, d, *options)
-        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
-        return interpreter.TensorHandle(product.astype(d.data.dtype), d.dtype.scalar)
-
-    monkeypatch.setattr(builder, "create_dot", create_dot)
-
-
 @pytest.mark.parametrize("large", [1e2, 1e4])
 @all_kernels_and_dtypes
-@pytest.mark.usefixtures("repeatable_products")
 def test_gradient_of_saturated_rows(kernels, dtype, large):
     """Where one probability is 1, no gradient may be left of it, however large the logits are."""
     generator = torch.Generator().manual_seed(0)
