@@ -115,12 +115,12 @@ def identity_order(rows: dict):
 
 
 def load() -> list[dict]:
-    """Every machine's file, and the names of its plots that there are."""
+    """Every machine's file, and the names of its plots that there are; the machine that multiplies fastest first."""
     results = []
     for path in sorted(RESULTS.glob("*.json")):
         files = {name: file.name for name, file in plot_files(path).items() if file.exists()}
         results.append(json.loads(path.read_text()) | {"plots": files})
-    return results
+    return sorted(results, key=lambda result: -result["machine"]["ceilings"].get("matmul bfloat16 TFLOP/s", 0))
 
 
 def plot_files(path: Path) -> dict[str, Path]:
@@ -234,11 +234,16 @@ def outcome(rows: list[dict]) -> str:
 
 
 def tables(results: list[dict], headlines: bool) -> str:
-    """Markdown: for every machine its rows, or its headline rows alone, and the goals missed in any row."""
+    """Markdown: for every machine its rows, or its headline rows alone, and the goals missed in any row.
+
+    Of headlines those of the first machine are seen, the others' unfold.
+    """
     columns = ("ms", "of floor", "rivals take, times ours") + (() if headlines else ("extra memory, MB", "goals"))
     parts = []
-    for result in results:
+    for place, result in enumerate(results):
+        folded = headlines and place > 0
         rows = result["rows"]
+        parts += [f"<details><summary>{result['machine']['hardware']}</summary>"] if folded else []
         commits = sorted({f"{row['commit']} ({row['date']})" for row in rows})
         parts.append(heading(result["machine"]))
         parts.append(table([row for row in rows if row["headline"] or not headlines], columns))
@@ -256,6 +261,7 @@ def tables(results: list[dict], headlines: bool) -> str:
             if not headlines and (lines := reasons(rows, what)):
                 parts += [title, "\n".join(f"* {line}" for line in lines)]
         parts.append(f"{outcome(rows)}\n\nCommit measured: {', '.join(commits)}.")
+        parts += ["</details>"] if folded else []
     return "\n\n".join(parts)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton.runtime import JITFunction
 
-from benchmarks import _harness, bench_evad, gpu_check, profile_kernels, report, tune_keyframe_attention
+from benchmarks import _harness, bench_evad, ceilings, gpu_check, profile_kernels, report, tune_keyframe_attention
 from benchmarks._harness import Contestants, Goal, measure_memory
 from benchmarks.ceilings import Ceilings, Work
 from evad import EVAD, EVADConfig
@@ -142,6 +142,31 @@ def test_a_row_of_a_gpu(monkeypatch):
     assert found["goals"][2]["reached"] == 1 and json.loads(json.dumps(found)) == found
 
 
+def test_a_rival_that_takes_long_is_called_once(monkeypatch):
+    monkeypatch.setattr(_harness, "PATIENCE", 0.01)
+    here = contest(monkeypatch, smoke=False)
+    taken = {"ours": 0.05, "long": 0.04, "short": 0.001}
+    calls = dict.fromkeys(taken, 0)
+
+    def several(name):
+        def call(number):
+            calls[name] += 1
+            time.sleep(number * taken[name])
+
+        return call
+
+    samples = here._time({name: several(name) for name in taken}, 0.1)
+    assert calls["long"] == len(samples["long"]) == 1 and samples["long"][0] >= 0.04
+    assert calls["short"] > 2 and len(samples["short"]) >= 1
+
+
+def test_bfloat16_where_it_is_slow_has_the_ceiling_of_float32(monkeypatch):
+    monkeypatch.setattr(ceilings, "bfloat16_is_slow", lambda device: True)
+    found = Ceilings("cpu")
+    monkeypatch.setattr(found, "_rate", lambda key, make, amount: key)
+    assert found.matmul(torch.bfloat16) == found.matmul(torch.float32) == ("matmul", torch.float32)
+
+
 def test_reports_say_what_no_graph_holds():
     of_graphs = {**row("a", 1.0, 3.0, True), "launched": {"eager": "waits for the device"}, "commit": "c", "date": "d"}
     of_graphs["times"]["ours, launched"] = of_graphs["times"]["ours"] | {"ms": 1.5}
@@ -234,6 +259,25 @@ def test_tables_show_ratios_and_name_the_goals_missed(tmp_path):
     )
     assert "| a | 1.00 (1.00-1.00) |  | eager 3.00x |" in text
     assert "Goals met: 1 of 2. Missed:\n\n* op, b: at least 2x eager, reached 1.50" in text
+
+
+def test_headlines_of_other_machines_unfold():
+    rows = [{**row("a", 1.0, 3.0, True), "commit": "c", "date": "d"}]
+    results = [
+        {"machine": {"hardware": name, "torch": "2", "ceilings": {"copy GB/s": 10.0}}, "rows": rows} for name in "MN"
+    ]
+    text = report.tables(results, True)
+    assert text.startswith("**M**;") and text.index("Goals met") < text.index("<details><summary>N</summary>\n\n**N**;")
+    assert text.endswith("</details>") and text.count("<details>") == 1
+    assert "<details>" not in report.tables(results, False)
+
+
+def test_the_machine_that_multiplies_fastest_comes_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for name, rate in (("a", 0.1), ("b", 700.0), ("c", 2.0)):
+        machine = {"hardware": name, "ceilings": {"matmul bfloat16 TFLOP/s": rate}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": []}))
+    assert [result["machine"]["hardware"] for result in report.load()] == ["b", "c", "a"]
 
 
 def detector_row(case, size, ms, gflops, **details):
@@ -335,7 +379,8 @@ def test_plots_of_the_detector_are_drawn_from_what_was_measured(tmp_path, monkey
         {"1.0": 1.0, "0.7": 4 / 3, "0.5": 2.0},
     )
     assert report.training_curve(trained) == ("tiny", {"1.0": 100.0, "0.7": 60.0}, {"1.0": 9.0, "0.7": 7.0})
-    result, path = {"rows": [{"op": "EVAD"} | measured, {"op": "EVAD"} | trained]}, report.RESULTS / "machine.json"
+    rows = [{"op": "EVAD"} | measured, {"op": "EVAD"} | trained]
+    result, path = {"machine": {"ceilings": {}}, "rows": rows}, report.RESULTS / "machine.json"
     report.draw_plots(result, path)
     assert {file.name for file in report.RESULTS.glob("*.png")} == {"machine-harvest.png", "machine-training.png"}
     path.write_text(json.dumps(result))
