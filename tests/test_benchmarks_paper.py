@@ -73,7 +73,7 @@ def test_runs_resumes_and_reports(tmp_path, monkeypatch):
     made = schedule.make_all(PLAN, NAMES, [5], records, work)
     assert made == sum(run.name.startswith(tuple(NAMES)) for run in RUNS) - 6
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
-    assert len(list((work / "start=3").glob("*,seed=5"))) == 1
+    assert len(list((work / "start=3,bfloat16").glob("*,seed=5"))) == 1
     record = json.loads((records / "keep_rate=0.7,pruning=random,seed=5.json").read_text())
     assert record["steps"] == 2 and record["model"]["pruning"] == "random" and record["machine"]["commit"]
     assert set(record["evaluations"]["by_rate"]) == {"0.7"}
