@@ -202,12 +202,12 @@ RoiBoxes roi_boxes(const PackedBoxes& packed) {
   return {pointer<void>(corners), is_double, pointer<const int64_t>(batch), R, frames};
 }
 
-// (oh, ow, samples, aligned)
+// (oh, ow, sampling_ratio, aligned)
 using PackedSampling = std::tuple<int64_t, int64_t, int64_t, bool>;
 
 RoiSampling roi_sampling(const PackedSampling& packed) {
-  const auto& [oh, ow, samples, aligned] = packed;
-  return {oh, ow, samples, aligned};
+  const auto& [oh, ow, sampling_ratio, aligned] = packed;
+  return {oh, ow, sampling_ratio, aligned};
 }
 
 // (tokens, stride_b, stride_k, slot, background, background is per cell), (B, K, C, T, Gh, Gw)
@@ -313,15 +313,15 @@ void bind_roi_pool_3d_cuda(py::module_& m) {
 }
 #endif
 
-// (data, stride_b, stride_c, stride_h, stride_w, h, w, pixels a cell)
+// (data, stride_b, stride_c, stride_h, stride_w, h, w, pixels_per_cell)
 using PackedLevel = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double>;
 // (B, C, canonical_size, canonical_level, number of the finest level)
 using PackedPyramid = std::tuple<int64_t, int64_t, double, int64_t, int64_t>;
 
 std::vector<PyramidLevel> pyramid_levels(const std::vector<PackedLevel>& packed) {
   std::vector<PyramidLevel> levels;
-  for (const auto& [data, stride_b, stride_c, stride_h, stride_w, h, w, stride] : packed)
-    levels.push_back({pointer<void>(data), stride_b, stride_c, stride_h, stride_w, h, w, stride});
+  for (const auto& [data, stride_b, stride_c, stride_h, stride_w, h, w, pixels_per_cell] : packed)
+    levels.push_back({pointer<void>(data), stride_b, stride_c, stride_h, stride_w, h, w, pixels_per_cell});
   return levels;
 }
 

@@ -16,8 +16,8 @@ class Weights {
  public:
   Weights(const Pyramid& pyramid, const RoiBoxes& boxes, const RoiSampling& sampling, int threads)
       : level_(boxes.R),
-        rows_(boxes.R, sampling.oh, sampling.samples, longest(pyramid, &PyramidLevel::h)),
-        columns_(boxes.R, sampling.ow, sampling.samples, longest(pyramid, &PyramidLevel::w)) {
+        rows_(boxes.R, sampling.oh, sampling.sampling_ratio, longest(pyramid, &PyramidLevel::h)),
+        columns_(boxes.R, sampling.ow, sampling.sampling_ratio, longest(pyramid, &PyramidLevel::w)) {
     if (boxes.is_double)
       fill(static_cast<const double*>(boxes.corners), pyramid, boxes, sampling, threads);
     else
@@ -50,9 +50,9 @@ class Weights {
             return;
           }
           const PyramidLevel& level = pyramid.level[level_[r]];
-          const Box scale = static_cast<Box>(1 / level.stride);
-          columns_.fill(r, box_side(box[0], box[2], scale, s.ow, s.aligned), s.samples, level.w);
-          rows_.fill(r, box_side(box[1], box[3], scale, s.oh, s.aligned), s.samples, level.h);
+          const Box scale = static_cast<Box>(1 / level.pixels_per_cell);
+          columns_.fill(r, box_side(box[0], box[2], scale, s.ow, s.aligned), s.sampling_ratio, level.w);
+          rows_.fill(r, box_side(box[1], box[3], scale, s.oh, s.aligned), s.sampling_ratio, level.h);
         },
         64);
   }

@@ -14,7 +14,7 @@ struct PyramidLevel {
   void* data;
   int64_t stride_b, stride_c, stride_h, stride_w;
   int64_t h, w;
-  double stride;  // pixels a cell
+  double pixels_per_cell;
 };
 
 struct Pyramid {

@@ -23,8 +23,8 @@ class Weights {
  public:
   Weights(const RoiBoxes& boxes, const RoiPixels& pixels, int64_t Gh, int64_t Gw, int threads)
       : frames_(boxes.frames),
-        rows_(boxes.R * boxes.frames, pixels.sampling.oh, pixels.sampling.samples, Gh),
-        columns_(boxes.R * boxes.frames, pixels.sampling.ow, pixels.sampling.samples, Gw) {
+        rows_(boxes.R * boxes.frames, pixels.sampling.oh, pixels.sampling.sampling_ratio, Gh),
+        columns_(boxes.R * boxes.frames, pixels.sampling.ow, pixels.sampling.sampling_ratio, Gw) {
     if (boxes.is_double)
       fill(static_cast<const double*>(boxes.corners), boxes, pixels, Gh, Gw, threads);
     else
@@ -53,8 +53,8 @@ class Weights {
             columns_.fill_empty(item);
             return;
           }
-          columns_.fill(item, box_side(box[0], box[2], scale, s.ow, s.aligned), s.samples, Gw);
-          rows_.fill(item, box_side(box[1], box[3], scale, s.oh, s.aligned), s.samples, Gh);
+          columns_.fill(item, box_side(box[0], box[2], scale, s.ow, s.aligned), s.sampling_ratio, Gw);
+          rows_.fill(item, box_side(box[1], box[3], scale, s.oh, s.aligned), s.sampling_ratio, Gh);
         },
         64);
   }

@@ -56,8 +56,8 @@ struct Taps {
       : items(static_cast<int>(boxes.R * boxes.frames)),
         oh(static_cast<int>(sampling.oh)),
         ow(static_cast<int>(sampling.ow)),
-        of_row(static_cast<int>(taps_of_bin(sampling.samples, Gh))),
-        of_item(oh * of_row + ow * static_cast<int>(taps_of_bin(sampling.samples, Gw))),
+        of_row(static_cast<int>(taps_of_bin(sampling.sampling_ratio, Gh))),
+        of_item(oh * of_row + ow * static_cast<int>(taps_of_bin(sampling.sampling_ratio, Gw))),
         begins(oh + ow + 2),
         tap(static_cast<RoiTap<F>*>(memory)),
         step(reinterpret_cast<Step<F>*>(tap + static_cast<int64_t>(items) * of_item)),
@@ -91,7 +91,7 @@ __device__ void fill_steps(const int32_t* begin, const RoiTap<F>* tap, int bins,
 // At least 1 block, here and below: without it ptxas spills, to fit in more than shared memory allows.
 template <class F, class Box>
 __global__ void __launch_bounds__(kLanes, 1)
-    fill_taps_kernel(const Box* __restrict__ corners, Taps<F> taps, Box cells_per_pixel, int64_t samples, bool aligned,
+    fill_taps_kernel(const Box* __restrict__ corners, Taps<F> taps, Box cells_per_pixel, int64_t sampling_ratio, bool aligned,
                      int64_t Gh, int64_t Gw, int of_thread) {
   extern __shared__ __align__(16) char memory[];
   for (int64_t i = blockIdx.x * static_cast<int64_t>(kLanes) + threadIdx.x; i < 2 * int64_t{taps.items};
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kLanes, 1)
     int32_t* const new_begin =
         of_thread ? reinterpret_cast<int32_t*>(memory + (threadIdx.x + 1) * of_thread) - (bins + 1) : begin;
     if (is_box(box))
-      fill_taps(box_side(box[is_row], box[2 + is_row], cells_per_pixel, bins, aligned), bins, samples, is_row ? Gh : Gw,
+      fill_taps(box_side(box[is_row], box[2 + is_row], cells_per_pixel, bins, aligned), bins, sampling_ratio, is_row ? Gh : Gw,
                 new_begin, new_tap);
     else
       fill_no_taps(bins, new_begin);
@@ -520,7 +520,7 @@ Taps<F> filled_taps(const RoiBoxes& boxes, const RoiPixels& pixels, int64_t Gh, 
     using Box = decltype(zero);
     fill_taps_kernel<F, Box><<<blocks_for(2 * taps.items, kLanes), kLanes, shared, stream>>>(
         static_cast<const Box*>(boxes.corners), taps, static_cast<Box>(pixels.cells_per_pixel),
-        pixels.sampling.samples, pixels.sampling.aligned, Gh, Gw, shared / kLanes);
+        pixels.sampling.sampling_ratio, pixels.sampling.aligned, Gh, Gw, shared / kLanes);
   };
   if (boxes.is_double)
     launch(double{});

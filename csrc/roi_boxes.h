@@ -15,7 +15,7 @@ namespace evad {
 // Sampling options, the same for all boxes of a call.
 struct RoiSampling {
   int64_t oh, ow;   // bins
-  int64_t samples;  // of a bin, along each side
+  int64_t sampling_ratio;  // of a bin, along each side
   bool aligned;
 };
 
@@ -50,9 +50,9 @@ EVAD_HOST_DEVICE BoxSide<Box> box_side(Box low, Box high, Box cells_per_pixel, i
 }
 
 template <class Box>
-EVAD_HOST_DEVICE Box sample_coordinate(BoxSide<Box> side, int64_t bin, int64_t sample, int64_t samples) {
+EVAD_HOST_DEVICE Box sample_coordinate(BoxSide<Box> side, int64_t bin, int64_t sample, int64_t sampling_ratio) {
   return side.low + static_cast<Box>(bin) * side.bin +
-         (static_cast<Box>(sample) + Box(0.5)) * side.bin / static_cast<Box>(samples);
+         (static_cast<Box>(sample) + Box(0.5)) * side.bin / static_cast<Box>(sampling_ratio);
 }
 
 // The cell before a sample and the weight of the cell after it. False for a sample that weighs nothing.
@@ -71,14 +71,16 @@ EVAD_HOST_DEVICE bool bilinear(Box at, int64_t size, int64_t& cell, Box& next_we
 }
 
 // At most, of a bin along an axis of `size` cells.
-EVAD_HOST_DEVICE int64_t taps_of_bin(int64_t samples, int64_t size) { return 2 * samples < size ? 2 * samples : size; }
+EVAD_HOST_DEVICE int64_t taps_of_bin(int64_t sampling_ratio, int64_t size) {
+  return 2 * sampling_ratio < size ? 2 * sampling_ratio : size;
+}
 
 // Fills begin [bins + 1] and tap [bins * taps_of_bin] with what all bins of one side of a box touch. A bin's first taps
 // may be cells that the bin before it met last, or last but one, as all are that it shares where samples ascend; any
 // other cell is met again, with a new ordinal. So who goes through taps in order keeps what belongs to two ordinals.
 // Returns the number of ordinals.
 template <class F, class Box>
-EVAD_HOST_DEVICE int32_t fill_taps(BoxSide<Box> side, int64_t bins, int64_t samples, int64_t size, int32_t* begin,
+EVAD_HOST_DEVICE int32_t fill_taps(BoxSide<Box> side, int64_t bins, int64_t sampling_ratio, int64_t size, int32_t* begin,
                                    RoiTap<F>* tap) {
   int32_t count = 0, ordinals = 0, previous = 0;
   begin[0] = 0;
@@ -97,14 +99,14 @@ EVAD_HOST_DEVICE int32_t fill_taps(BoxSide<Box> side, int64_t bins, int64_t samp
         if (tap[i].cell == cell && tap[i].ordinal >= before - 2) ordinal = tap[i].ordinal;
       tap[count++] = {static_cast<int32_t>(cell), ordinal < 0 ? ordinals++ : ordinal, static_cast<F>(weight)};
     };
-    for (int64_t i = 0; i < samples; ++i) {
+    for (int64_t i = 0; i < sampling_ratio; ++i) {
       int64_t cell = 0;
       Box next = 0;
-      if (!bilinear(sample_coordinate(side, bin, i, samples), size, cell, next)) continue;
+      if (!bilinear(sample_coordinate(side, bin, i, sampling_ratio), size, cell, next)) continue;
       add(cell, 1 - next);
       add(cell + 1, next);
     }
-    for (int32_t i = first; i < count; ++i) tap[i].weight /= static_cast<F>(samples);
+    for (int32_t i = first; i < count; ++i) tap[i].weight /= static_cast<F>(sampling_ratio);
     begin[bin + 1] = count;
     previous = first;
   }

@@ -58,9 +58,9 @@ inline void require_batch(const char* op, const RoiBoxes& boxes, int64_t B) {
 template <class F>
 class RoiAxisTable {
  public:
-  RoiAxisTable(int64_t boxes, int64_t bins, int64_t samples, int64_t size)
+  RoiAxisTable(int64_t boxes, int64_t bins, int64_t sampling_ratio, int64_t size)
       : bins_(bins),
-        taps_(taps_of_bin(samples, size)),
+        taps_(taps_of_bin(sampling_ratio, size)),
         begin_(boxes * (bins + 1)),
         tap_(boxes * bins * taps_),
         cell_(boxes * bins * taps_),
@@ -74,10 +74,10 @@ class RoiAxisTable {
   }
 
   template <class Box>
-  void fill(int64_t box, BoxSide<Box> side, int64_t samples, int64_t size) {
+  void fill(int64_t box, BoxSide<Box> side, int64_t sampling_ratio, int64_t size) {
     const int64_t first = box * bins_ * taps_;
     int32_t* const begin = begin_.data() + box * (bins_ + 1);
-    cells_[box] = fill_taps(side, bins_, samples, size, begin, tap_.data() + first);
+    cells_[box] = fill_taps(side, bins_, sampling_ratio, size, begin, tap_.data() + first);
     for (int32_t i = 0; i < begin[bins_]; ++i) cell_[first + tap_[first + i].ordinal] = tap_[first + i].cell;
   }
 

@@ -138,14 +138,15 @@ def divided(x: Tensor, number: float) -> Tensor:
 
 
 def axis_weights(
-    low: Tensor, high: Tensor, size: int, bins: int, samples: int | Callable[[Tensor], Tensor], aligned: bool
+    low: Tensor, high: Tensor, size: int, bins: int, sampling_ratio: int | Callable[[Tensor], Tensor], aligned: bool
 ) -> Tensor:
     """Weight of every cell of one axis in every bin of every box.
 
     Args:
         low, high: The boxes' two sides, in cells, [...].
         size: Cells of the axis.
-        bins, samples: Bins of a box, samples of a bin, or a function that makes them of the bins' widths in cells.
+        bins: Of a box.
+        sampling_ratio: Samples of a bin, or a function that makes them of the bins' widths in cells.
         aligned: False: sides are at least one cell, as in torchvision.
     Returns:
         Weights, [..., bins, size].
@@ -155,12 +156,13 @@ def axis_weights(
         length = length.clamp(min=1)
     width = divided(length, bins)[..., None, None]
     bin_index = torch.arange(bins, device=low.device)[:, None]
-    if callable(samples):
-        taken = samples(width)
+    if callable(sampling_ratio):
+        taken = sampling_ratio(width)
         count = taken.clamp(min=1)
         samples = int(count.max()) if count.numel() else 1
     else:
-        taken, count = samples, low.new_full((), samples)
+        samples = taken = sampling_ratio
+        count = low.new_full((), samples)
     sample = torch.arange(samples, device=low.device)
     at = low[..., None, None] + bin_index * width + (sample + 0.5) * width / count  # [..., bins, samples]
     inside = (at >= -1) & (at <= size) & (sample < taken)
@@ -178,7 +180,7 @@ def bins_reference(
     *,
     scale: float,
     output: tuple[int, int],
-    samples: int | Callable[[Tensor], Tensor],
+    sampling_ratio: int | Callable[[Tensor], Tensor],
     aligned: bool = True,
     chosen: Tensor | None = None,
 ) -> Tensor:
@@ -188,7 +190,7 @@ def bins_reference(
         features: Dense map, [B, T, Gh, Gw, C], float32 or float64.
         scale: Cells a pixel.
         output: (oh, ow).
-        samples: Samples a bin along each side, as ``axis_weights`` takes them.
+        sampling_ratio: Samples a bin along each side, as ``axis_weights`` takes them.
         chosen: [R] bool, boxes to leave in; the others give zeros. None: all.
     Returns:
         [R, oh, T, ow, C].
@@ -204,9 +206,9 @@ def bins_reference(
         known = (boxes.batch >= 0) & (boxes.batch < B)  # a GPU cannot raise: such a box gives zeros
         valid = valid & known[:, None]
         features = features[torch.where(known, boxes.batch, 0)] if B else features[:0]
-    rows = axis_weights(y1, y2, Gh, output[0], samples, aligned)
+    rows = axis_weights(y1, y2, Gh, output[0], sampling_ratio, aligned)
     rows = torch.where(valid[..., None, None], rows, 0)
-    columns = axis_weights(x1, x2, Gw, output[1], samples, aligned)
+    columns = axis_weights(x1, x2, Gw, output[1], sampling_ratio, aligned)
     # [B, n, T or 1, bins, size]; boxes with an index of their own are n = 1 of as many images.
     images = features.shape[0]
     n = 1 if boxes.batch is not None else corners.shape[0] // max(B, 1)

@@ -95,7 +95,7 @@ def box_tables_kernel(
     width,
     SCALES: tl.constexpr,  # cells a pixel of every level
     RULE: tl.constexpr,  # Levels
-    SAMPLES: tl.constexpr,
+    SAMPLING_RATIO: tl.constexpr,
     ALIGNED: tl.constexpr,
     CELLS: tl.constexpr,
     BINS: tl.constexpr,
@@ -142,8 +142,8 @@ def box_tables_kernel(
         for first_cell in range(0, size, CELLS):
             cell = first_cell + tl.arange(0, CELLS)[:, None]
             total = tl.zeros([CELLS, BINS], tl.float32)
-            for sample in range(SAMPLES):
-                at = start + divided((sample + 0.5) * bin_length, SAMPLES)
+            for sample in range(SAMPLING_RATIO):
+                at = start + divided((sample + 0.5) * bin_length, SAMPLING_RATIO)
                 inside = (at >= -1) & (at <= size)
                 at = tl.where(inside & (at > 0), at, 0)
                 before = tl.minimum(at.to(tl.int32), size - 1)
@@ -151,7 +151,7 @@ def box_tables_kernel(
                 total += tl.where(inside[None, :] & (cell == before[None, :]), (1 - after).to(tl.float32)[None, :], 0)
                 total += tl.where(inside[None, :] & (cell == before[None, :] + 1), after.to(tl.float32)[None, :], 0)
             exists = (cell < size) & (bin < bins)[None, :]
-            tl.store(weight + cell * bins + bin[None, :], divided(total, SAMPLES), mask=exists)
+            tl.store(weight + cell * bins + bin[None, :], divided(total, SAMPLING_RATIO), mask=exists)
             first = tl.minimum(first, tl.min(tl.where(exists & (total > 0), cell, size), axis=0))
             end = tl.maximum(end, tl.max(tl.where(exists & (total > 0), cell + 1, 0), axis=0))
         tl.store(window + bin, first, mask=bin < bins)
@@ -171,7 +171,7 @@ def box_tables(
     sizes: Sequence[int],
     scales: Sequence[float],
     output: Sequence[int],
-    samples: int,
+    sampling_ratio: int,
     aligned: bool = True,
     rule: Levels | None = None,
 ) -> BoxTables:
@@ -203,7 +203,7 @@ def box_tables(
         width,
         SCALES=tuple(scales),
         RULE=None if rule is None else tuple(rule),
-        SAMPLES=samples,
+        SAMPLING_RATIO=sampling_ratio,
         ALIGNED=aligned,
         CELLS=min(power_of_two(max(height, width)), TILE // bins),
         BINS=bins,

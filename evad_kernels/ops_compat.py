@@ -70,7 +70,7 @@ def roi_align(
         arguments = _Arguments(op, tokens, position, None, boxes, (1, H, W), output, scale, ratio, bool(aligned))
         return _samples(arguments)[:, :, 0]
     dense = tokens.to(boxes.corners.dtype).view(B, 1, H, W, C)
-    options = {"scale": scale, "output": output, "samples": _adaptive, "aligned": bool(aligned)}
+    options = {"scale": scale, "output": output, "sampling_ratio": _adaptive, "aligned": bool(aligned)}
     bins = _boxes.bins_reference(dense, boxes, **options)  # [R, height, 1, width, C]
     return bins[:, :, 0].permute(0, 3, 1, 2).to(input.dtype)
 

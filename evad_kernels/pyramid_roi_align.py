@@ -91,7 +91,7 @@ class _Arguments(NamedTuple):
     boxes: Boxes
     strides: tuple[float, ...]
     output: tuple[int, int]
-    samples: int
+    sampling_ratio: int
     canonical_size: float
     canonical_level: int
     first: int  # number of the finest level
@@ -150,7 +150,7 @@ def _per_image(boxes: Tensor | Sequence[Tensor], samples: Tensor) -> Tensor:
 
 def _reference(arguments: _Arguments) -> Tensor:
     """[R, C, oh, ow]. Every box is sampled on every level, all weights zero but on its own: shapes stay static."""
-    levels, boxes, strides, output, samples, canonical_size, canonical_level, first = arguments
+    levels, boxes, strides, output, sampling_ratio, canonical_size, canonical_level, first = arguments
     level_index = level_of(
         boxes.corners,
         first=first,
@@ -163,7 +163,7 @@ def _reference(arguments: _Arguments) -> Tensor:
     for index, (level, stride) in enumerate(zip(levels, strides, strict=True)):
         features = level.movedim(1, 3)[:, None].to(torch.promote_types(dtype, torch.float32))
         total = total + _boxes.bins_reference(
-            features, boxes, scale=1 / stride, output=output, samples=samples, chosen=level_index == index
+            features, boxes, scale=1 / stride, output=output, sampling_ratio=sampling_ratio, chosen=level_index == index
         )
     return total[:, :, 0].movedim(3, 1).to(dtype)
 
@@ -171,23 +171,23 @@ def _reference(arguments: _Arguments) -> Tensor:
 # Registration. No argument has a default: an omitted one beside a Tensor[] breaks the backward.
 
 _SAMPLING = (
-    "Tensor corners, Tensor? batch, float[] strides, int[] output, int samples, float canonical_size, "
+    "Tensor corners, Tensor? batch, float[] pixels_per_cell, int[] output, int sampling_ratio, float canonical_size, "
     "int canonical_level, int first"
 )
 
 
 def _run(kernel, levels, sampling, samples):
     """Calls a kernel: ``levels`` and ``samples`` [R, C, oh, ow] are features, or their gradients."""
-    corners, batch, strides, output, ratio, *canonical = sampling
+    corners, batch, pixels_per_cell, output, sampling_ratio, *canonical = sampling
     corners, batch = corners.contiguous(), None if batch is None else batch.contiguous()
     kernel(
         [
-            (level.data_ptr(), *level.stride(), *level.shape[2:], stride)
-            for level, stride in zip(levels, strides, strict=True)
+            (level.data_ptr(), *level.stride(), *level.shape[2:], pixels)
+            for level, pixels in zip(levels, pixels_per_cell, strict=True)
         ],
         (*levels[0].shape[:2], *canonical),
         _boxes.packed(corners, batch),
-        (*output, ratio, True),
+        (*output, sampling_ratio, True),
         _backend.DTYPE_CODE[samples.dtype],
         samples.data_ptr(),
         torch.get_num_threads(),
@@ -200,7 +200,7 @@ def _forward_cpu(levels, *sampling):
     return samples
 
 
-def _forward_fake(levels, corners, batch, strides, output, *_):
+def _forward_fake(levels, corners, batch, pixels_per_cell, output, *_):
     return levels[0].new_empty(corners.shape[0], levels[0].shape[1], *output)
 
 

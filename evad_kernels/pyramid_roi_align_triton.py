@@ -190,11 +190,11 @@ def pyramid_roi_align_backward_kernel(
     tl.store(grad_level + at, rounded(total, grad_level.dtype.element_ty), mask=inside)
 
 
-def forward(levels, corners, batch, strides, output, *sampling):
-    samples = _forward_fake(levels, corners, batch, strides, output)
+def forward(levels, corners, batch, pixels_per_cell, output, *sampling):
+    samples = _forward_fake(levels, corners, batch, pixels_per_cell, output)
     (B, C), R, (oh, ow) = levels[0].shape[:2], corners.shape[0], output
     sizes = [size for level in levels for size in level.shape[2:]]
-    tables = _tables(corners, batch, B, sizes, strides, output, *sampling)
+    tables = _tables(corners, batch, B, sizes, pixels_per_cell, output, *sampling)
     channels_last = all(level.stride(1) == 1 or C == 1 for level in levels)
     channels, columns = map(min, FORWARD.shape, map(power_of_two, (C, ow)))
     launch(
@@ -233,10 +233,10 @@ def _alignment(levels):
     return math.gcd(16, *strides, *(level.data_ptr() for level in levels))
 
 
-def backward(grad_samples, B, sizes, corners, batch, strides, output, *sampling):
+def backward(grad_samples, B, sizes, corners, batch, pixels_per_cell, output, *sampling):
     grad_levels = _backward_fake(grad_samples, B, sizes)
     (R, C), (oh, ow) = grad_samples.shape[:2], output
-    tables = _tables(corners, batch, B, sizes, strides, output, *sampling)
+    tables = _tables(corners, batch, B, sizes, pixels_per_cell, output, *sampling)
     rows, columns, channels = map(min, BACKWARD.shape, map(power_of_two, (max(sizes[::2]), max(sizes[1::2]), C)))
     tiles = sum(blocks(h, rows) * blocks(w, columns) for h, w in zip(sizes[::2], sizes[1::2], strict=True))
     launch(
@@ -270,10 +270,12 @@ def backward(grad_samples, B, sizes, corners, batch, strides, output, *sampling)
     return grad_levels
 
 
-def _tables(corners, batch, B, sizes, strides, output, samples, canonical_size, canonical_level, first):
+def _tables(corners, batch, B, sizes, pixels_per_cell, output, sampling_ratio, canonical_size, canonical_level, first):
     rule = Levels(canonical_size, canonical_level, first)
-    scales = [1 / stride for stride in strides]
-    return box_tables(corners, batch, B, sizes=sizes, scales=scales, output=output, samples=samples, rule=rule)
+    scales = [1 / pixels for pixels in pixels_per_cell]
+    return box_tables(
+        corners, batch, B, sizes=sizes, scales=scales, output=output, sampling_ratio=sampling_ratio, rule=rule
+    )
 
 
 def shipped(architecture: int) -> Iterator[Launch]:
@@ -283,12 +285,12 @@ def shipped(architecture: int) -> Iterator[Launch]:
         (torch.float32, False, False),
         (torch.float16, False, True),
     ):
-        B, C, n, strides, sampling = 8, 256, 100, [4.0, 8.0, 16.0, 32.0], ([7, 7], 2, 224.0, 4, 2)
+        B, C, n, pixels_per_cell, sampling = 8, 256, 100, [4.0, 8.0, 16.0, 32.0], ([7, 7], 2, 224.0, 4, 2)
         form = torch.channels_last if channels_last else torch.contiguous_format
         levels = [torch.empty(B, C, s, s, dtype=dtype, device="meta").to(memory_format=form) for s in (56, 28, 14, 7)]
         corners = torch.empty(B * n, 4, device="meta")
         batch = torch.empty(B * n, dtype=torch.int64, device="meta") if indexed else None
         sizes = [size for level in levels for size in level.shape[2:]]
-        grad_samples = _forward_fake(levels, corners, batch, strides, sampling[0])
-        yield from recorded(architecture, forward, levels, corners, batch, strides, *sampling)
-        yield from recorded(architecture, backward, grad_samples, B, sizes, corners, batch, strides, *sampling)
+        grad_samples = _forward_fake(levels, corners, batch, pixels_per_cell, sampling[0])
+        yield from recorded(architecture, forward, levels, corners, batch, pixels_per_cell, *sampling)
+        yield from recorded(architecture, backward, grad_samples, B, sizes, corners, batch, pixels_per_cell, *sampling)

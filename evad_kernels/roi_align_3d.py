@@ -139,7 +139,7 @@ class _Arguments(NamedTuple):
     grid: tuple[int, int, int]
     output: tuple[int, int]
     scale: float
-    samples: int
+    sampling_ratio: int
     aligned: bool
 
 
@@ -191,16 +191,18 @@ def _pool_reference(arguments: _Arguments) -> Tensor:
 
 def _bins_reference(arguments: _Arguments) -> Tensor:
     """[R, oh, T, ow, C] in float32 or wider."""
-    op, tokens, position, background, boxes, grid, output, scale, samples, aligned = arguments
+    op, tokens, position, background, boxes, grid, output, scale, sampling_ratio, aligned = arguments
     T, Gh, Gw = grid
     dense = _cells.dense_reference(op, tokens, position, background, T * Gh * Gw).unflatten(1, grid)
     dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
-    return _boxes.bins_reference(dense, boxes, scale=scale, output=output, samples=samples, aligned=aligned)
+    return _boxes.bins_reference(
+        dense, boxes, scale=scale, output=output, sampling_ratio=sampling_ratio, aligned=aligned
+    )
 
 
 # Registration. `background` is positional: autograd refuses keyword-only tensors.
 
-_SAMPLING = "Tensor corners, Tensor? batch, SymInt[] grid, int[] output, float scale, int samples, bool aligned"
+_SAMPLING = "Tensor corners, Tensor? batch, SymInt[] grid, int[] output, float scale, int sampling_ratio, bool aligned"
 
 
 def _flat(arguments: _Arguments) -> tuple:
@@ -211,7 +213,7 @@ def _flat(arguments: _Arguments) -> tuple:
 
 def _run(kernel, op, tokens, background, position, sampling, *results):
     """Calls a forward kernel. Halves are widened first: a token is read by many boxes."""
-    corners, batch, grid, output, scale, samples, aligned = sampling
+    corners, batch, grid, output, scale, sampling_ratio, aligned = sampling
     dtype = tokens.dtype
     wide = torch.promote_types(dtype, torch.float32)
     tokens = _backend.rows(tokens.to(wide))
@@ -228,7 +230,7 @@ def _run(kernel, op, tokens, background, position, sampling, *results):
         ),
         (*tokens.shape, *grid),
         _boxes.packed(corners, batch),
-        (*output, samples, aligned),
+        (*output, sampling_ratio, aligned),
         scale,
         _backend.DTYPE_CODE[dtype],
         *(result.data_ptr() for result in results),
@@ -254,7 +256,9 @@ def _pool_cpu(tokens, background, position, *sampling_and_flag):
     return pooled, largest
 
 
-def _pool_fake(tokens, background, position, corners, batch, grid, output, scale, samples, aligned, save_largest):
+def _pool_fake(
+    tokens, background, position, corners, batch, grid, output, scale, sampling_ratio, aligned, save_largest
+):
     """pooled [R, C] and the bin of the largest sample, [R, T, C] (bytes if they can tell the bins), or [0]."""
     R, C = corners.shape[0], tokens.shape[2]
     index = torch.uint8 if math.prod(output) <= 256 else torch.int32
@@ -314,12 +318,12 @@ def _pool_backward_cuda(grad, largest, position, *sampling_and_fill):
 class _CudaBoxes:
     """Boxes, and what goes with them, as the CUDA kernels take them; keeps the tensors behind the addresses."""
 
-    def __init__(self, like, sizes, corners, batch, grid, output, scale, samples, aligned):
+    def __init__(self, like, sizes, corners, batch, grid, output, scale, sampling_ratio, aligned):
         self.like = like
         self.corners, self.batch = corners.contiguous(), None if batch is None else batch.contiguous()
         self.by_image = _boxes.BoxesByImage.of(batch, sizes[0])
         self.sizes, self.packed = sizes, _boxes.packed(self.corners, self.batch)
-        self.sampling, self.dtype = (*output, samples, aligned), _backend.DTYPE_CODE[like.dtype]
+        self.sampling, self.dtype = (*output, sampling_ratio, aligned), _backend.DTYPE_CODE[like.dtype]
         rows = tuple(map(_address, self.by_image))
         self.arguments = sizes, self.packed, rows, self.sampling, scale, self.dtype
 
@@ -338,7 +342,7 @@ def _address(tensor):
 
 def _backward_cpu(grad, largest, position, *sampling_and_fill):
     """grad_tokens [B, K, C] and grad_background ([0], [C] or [cells, C]) from grad of the samples or pooled."""
-    corners, batch, grid, output, scale, samples, aligned, background_ndim = sampling_and_fill
+    corners, batch, grid, output, scale, sampling_ratio, aligned, background_ndim = sampling_and_fill
     B, K = position.shape
     grad = grad.contiguous()
     largest = None if largest is None else largest.contiguous()
@@ -351,7 +355,7 @@ def _backward_cpu(grad, largest, position, *sampling_and_fill):
         background_ndim == 2,
         (B, K, grad.shape[1], *grid),
         _boxes.packed(corners, batch),
-        (*output, samples, aligned),
+        (*output, sampling_ratio, aligned),
         scale,
         _backend.DTYPE_CODE[grad.dtype],
         grad.data_ptr(),

@@ -468,9 +468,16 @@ def backward(grad, largest, position, corners, batch, grid, output, *sampling_an
     return grad_tokens, grad_background
 
 
-def _tables(corners, batch, B, grid, output, scale, samples, aligned):
+def _tables(corners, batch, B, grid, output, scale, sampling_ratio, aligned):
     return box_tables(
-        corners, batch, B, sizes=grid[1:], scales=(scale,), output=output, samples=samples, aligned=aligned
+        corners,
+        batch,
+        B,
+        sizes=grid[1:],
+        scales=(scale,),
+        output=output,
+        sampling_ratio=sampling_ratio,
+        aligned=aligned,
     )
 
 
