@@ -180,7 +180,7 @@ def placement(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     from ..profile import bfloat16_is_slow
 
     if args.dtype == "bfloat16" and bfloat16_is_slow(device):
-        _say_once("--dtype bfloat16: torch has no fast bfloat16 on this CPU, float32 is several times faster")
+        _say_once("evad: --dtype bfloat16: torch has no fast bfloat16 on this CPU, float32 is several times faster")
     return device, DTYPES[args.dtype]
 
 
