@@ -167,7 +167,7 @@ class LiveReader:
         return self._came[0][1]
 
 
-class Found(NamedTuple):
+class ClipDetections(NamedTuple):
     """A clip's detections, on the CPU."""
 
     detections: Detections  # boxes in pixels of the clip
@@ -191,7 +191,7 @@ class Runner:
         self._flying: tuple[Sequence[Clip], _Staging] | None = None
         self._copying = torch.cuda.Stream(self.device) if compiled.replays(self.device) else None
 
-    def submit(self, clips: Sequence[Clip], threshold: float) -> list[tuple[Clip, Found]]:
+    def submit(self, clips: Sequence[Clip], threshold: float) -> list[tuple[Clip, ClipDetections]]:
         """Run at most ``batch`` clips; returns results that are ready: these on a CPU, the last ones on a GPU."""
         begin = time.perf_counter()
         shape = (3, len(clips[0].samples), *clips[0].samples[0].shape[1:])
@@ -209,7 +209,7 @@ class Runner:
         self._flying = clips, staging
         return ready
 
-    def finish(self) -> list[tuple[Clip, Found]]:
+    def finish(self) -> list[tuple[Clip, ClipDetections]]:
         """Results of what is still under way."""
         if self._flying is None:
             return []
@@ -262,11 +262,11 @@ class _Staging:
 
 def _found(
     clips: Sequence[Clip], scored: Scored, tokens: list[int], threshold: float, seconds: float
-) -> list[tuple[Clip, Found]]:
+) -> list[tuple[Clip, ClipDetections]]:
     sizes: list[tuple[int, int]] = [tuple(clip.samples[0].shape[1:]) for clip in clips]
     detections = select_detections(Scored(*(_wide(x) for x in scored)), sizes, threshold)
     each = zip(clips, detections, sizes, strict=True)
-    return [(clip, Found(found, size, tokens, seconds / len(clips))) for clip, found, size in each]
+    return [(clip, ClipDetections(found, size, tokens, seconds / len(clips))) for clip, found, size in each]
 
 
 def _wide(values: Tensor) -> Tensor:

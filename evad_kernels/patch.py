@@ -13,8 +13,8 @@ batch. Importance is the attention that a token receives, averaged over heads an
 Source: EVAD (Chen et al., ICCV 2023), section 3.2, where the protected tokens are the keyframe's. That a model is
 patched in place and takes one number follows ToMe (Bolya et al., ICLR 2023).
 
-Nothing is global and no activation stays on a module: a block hands ``Tokens`` to the next. Parameters, their names and
-checkpoints remain what they are.
+Nothing is global and no activation stays on a module: a block hands ``KeptTokens`` to the next. Parameters, their
+names and checkpoints remain what they are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from . import gather_tokens, keyframe_attention_topk, scatter_tokens
 Rates = float | Mapping[int, float]
 
 
-class Tokens(NamedTuple):
+class KeptTokens(NamedTuple):
     """What a patched block hands to the next."""
 
     x: Tensor  # [B, K, C]
@@ -301,12 +301,12 @@ class _Block(_Patched):
     _fill: Tensor | None  # [C]
     records: tuple[list[Tensor], ...] = ()  # lists that ``record`` yielded and that are still open
 
-    def forward(self, x: Tensor | Tokens, *args, **kwargs) -> Tensor | Tokens:
+    def forward(self, x: Tensor | KeptTokens, *args, **kwargs) -> Tensor | KeptTokens:
         _require_no_mask(*args, **kwargs)
         tokens = self._enter(x) if self.pruning.is_first else x
-        if not isinstance(tokens, Tokens):
+        if not isinstance(tokens, KeptTokens):
             raise TypeError(
-                f"patch: input must be the Tokens of the block before, got {type(x).__name__}: call the model as a "
+                f"patch: input must be the KeptTokens of the block before, got {type(x).__name__}: call the model as a "
                 "whole, and checkpoint with use_reentrant=False"
             )
         N = tokens.x.shape[1]
@@ -316,7 +316,7 @@ class _Block(_Patched):
             tokens = tokens._replace(x=self.original.forward(self, tokens.x, *args, **kwargs))
         return self._leave(tokens) if self.pruning.is_last else tokens
 
-    def _enter(self, x: Tensor) -> Tokens:
+    def _enter(self, x: Tensor) -> KeptTokens:
         B, N, _ = x.shape
         expected = self.pruning.num_tokens
         if expected not in (None, N):
@@ -325,9 +325,9 @@ class _Block(_Patched):
             raise ValueError(
                 f"patch: the model's tokens must be at least the protected {self.pruning.protected}, got {N}"
             )
-        return Tokens(x, torch.arange(N, device=x.device).expand(B, N), N)
+        return KeptTokens(x, torch.arange(N, device=x.device).expand(B, N), N)
 
-    def _prune(self, tokens: Tokens) -> Tokens:
+    def _prune(self, tokens: KeptTokens) -> KeptTokens:
         if self._order is not None and tokens.x.shape[1] == tokens.num_tokens:  # the first that are dropped
             tokens = tokens._replace(x=tokens.x[:, self._order], position=tokens.position[:, self._order])
         rows, index, _ = self.attend(*self.heads(tokens.x))
@@ -336,7 +336,7 @@ class _Block(_Patched):
             record.append(position)
         return tokens._replace(x=self.rest(x + self.branch(rows)), position=position)
 
-    def _leave(self, tokens: Tokens) -> Tensor:
+    def _leave(self, tokens: KeptTokens) -> Tensor:
         if not self.pruning.restore:
             return tokens.x
         fill = None if self._fill is None else self._fill.to(tokens.x.dtype)

@@ -24,7 +24,7 @@ from evad.evaluation import (
 )
 from evad.evaluation.ava import EVALUATED
 from evad.evaluation.average_precision import iou
-from evad.evaluation.model import Found
+from evad.evaluation.model import ClipOutcome
 from evad.problems import DataError
 
 AVA = Path(__file__).parent / "golden" / "ava_eval"
@@ -287,7 +287,7 @@ def test_action_ap_of_matched_boxes_by_hand():
     nan = np.full((1, 2), np.nan)
     one = {"boxes": np.zeros((0, 4)), "persons": np.zeros(0), "actions": np.zeros((0, 2))}
     one |= {"proposals": np.zeros((0, 4)), "proposal_persons": np.zeros(0), "inside": (0.5, 0.25, 0.5)}
-    first = Found(
+    first = ClipOutcome(
         0,
         ("a", 0),
         **one,
@@ -295,7 +295,7 @@ def test_action_ap_of_matched_boxes_by_hand():
         labels=np.array([[0, 1], [1, 0]]),
         truth_actions=np.array([[0.9, 0.7], [0.8, 0.1]]),
     )
-    second = Found(1, ("b", 0), **one, truth=np.ones((1, 4)), labels=np.array([[1, 1]]), truth_actions=nan)
+    second = ClipOutcome(1, ("b", 0), **one, truth=np.ones((1, 4)), labels=np.array([[1, 1]]), truth_actions=nan)
     metrics = score([first, second])
     np.testing.assert_allclose(metrics.action_ap, [0.5, 1.0])
     assert (metrics.kept_inside, metrics.selected_inside, metrics.truth_area) == (0.5, 0.25, 0.5)

@@ -257,7 +257,7 @@ def test_trains_with_checkpointed_activations(family):
     if family == "vit":  # the older kind of checkpoint takes tuples of tensors apart
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         with pytest.raises(
-            TypeError, match=r"must be the Tokens of the block before, got tuple: .* use_reentrant=False"
+            TypeError, match=r"must be the KeptTokens of the block before, got tuple: .* use_reentrant=False"
         ):
             answer(model, inputs.requires_grad_())
 

@@ -20,7 +20,7 @@ import numpy as np
 from .. import ava, draw
 from ..console import CommandError, bounded
 from ..data.media import VIDEOS
-from ..stream import ClipReader, Found, LiveReader, Runner
+from ..stream import ClipDetections, ClipReader, LiveReader, Runner
 from ..video import ROUNDING, Clip, ClipSampler, Frame, LiveVideo, Video, VideoError, VideoWriter, is_live, resize
 from ._common import (
     Built,
@@ -340,7 +340,7 @@ def detect(
             if writer is not None:
                 writer.write(overlay.on(frame.rgb(canvas)), max(0.0, frame.time - start))
 
-        def record(clip: Clip, found: Found, latency: float | None = None) -> None:
+        def record(clip: Clip, found: ClipDetections, latency: float | None = None) -> None:
             """Write a keyframe's detections; its boxes are drawn from now on."""
             nonlocal overlay, keyframes, people, model_seconds, picture
             model_seconds += found.seconds
@@ -367,7 +367,7 @@ def detect(
                 while waiting and waiting[0].time < known - ROUNDING:
                     write(waiting.popleft())
 
-            def take(results: list[tuple[Clip, Found]], next_time: float) -> None:
+            def take(results: list[tuple[Clip, ClipDetections]], next_time: float) -> None:
                 for clip, found in results:
                     record(clip, found)
                     under_way.popleft()
@@ -465,7 +465,7 @@ class _Person(NamedTuple):
     actions: list[dict]
 
 
-def _placed(found: Found) -> _Placed:
+def _placed(found: ClipDetections) -> _Placed:
     height, width = found.size
     boxes = found.detections.boxes / found.detections.boxes.new_tensor([width, height, width, height])
     return _Placed(boxes.tolist(), found.detections.person_scores.tolist(), found.detections.action_scores.tolist())
@@ -485,7 +485,7 @@ def _people(found: _Placed, threshold: float, labels: tuple[str, ...], top: int,
     return people
 
 
-def _keyframe(seconds: float, people: list[_Person], found: Found, latency: float | None) -> dict:
+def _keyframe(seconds: float, people: list[_Person], found: ClipDetections, latency: float | None) -> dict:
     return {
         "time": round(seconds, 3),
         "tokens_kept": found.tokens,

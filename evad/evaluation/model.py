@@ -63,7 +63,7 @@ def read_people(path: str | Path, least: float = 0.0, problems: Problems | None 
     return people
 
 
-class Found(NamedTuple):
+class ClipOutcome(NamedTuple):
     """What the model made of one clip, and what is there. Boxes in parts of the picture."""
 
     index: int  # in the dataset
@@ -129,7 +129,7 @@ def collect(
     autocast: torch.dtype | None = None,
     people: People | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Found]:
+) -> list[ClipOutcome]:
     """What a detector finds in every clip of a dataset that can be read, in order, on every rank.
 
     Args:
@@ -164,7 +164,7 @@ def run(
     threshold: float | None = None,
     autocast: torch.dtype | None = None,
     people: People | None = None,
-) -> Iterator[Found]:
+) -> Iterator[ClipOutcome]:
     """What the model finds in clips ``indices`` of a dataset, in their order, less what cannot be read; options as for
     ``collect``."""
     loader = DataLoader(Subset(dataset, indices), batch_size, num_workers=workers, collate_fn=collate)
@@ -195,7 +195,7 @@ def _pixels(given: Given, clip: Tensor) -> Tensor:
 
 def _found(
     model: EVAD, batch: Batch, output: EVADOutput, threshold: float, given: Sequence[Given] | None
-) -> Iterator[Found]:
+) -> Iterator[ClipOutcome]:
     """What was found in each clip of a batch; ``index`` is its place in the batch."""
     output = EVADOutput(*(part.float().cpu() for part in output[:3]), tuple(kept.cpu() for kept in output.kept[-1:]))
     sizes = [tuple(clip.shape[-2:]) for clip in batch.clips]
@@ -211,7 +211,7 @@ def _found(
         proposals = output.boxes[index, :count].numpy() / whwh
         truth = target["truth"].numpy() if "truth" in target else target["boxes"].numpy() / whwh
         kept = output.kept[-1][index].numpy() if output.kept else np.zeros(0, np.int64)
-        yield Found(
+        yield ClipOutcome(
             index,
             batch.keys[index],
             boxes / whwh,
@@ -249,7 +249,7 @@ def _inside(truth, kept, grid, size, patch, keyframe) -> tuple[float, float, flo
 
 
 def score(
-    results: Sequence[Found],
+    results: Sequence[ClipOutcome],
     *,
     match_order: str = "file",
     classes: Sequence[int] | None = None,
@@ -292,7 +292,7 @@ def score(
     )
 
 
-def detections(results: Sequence[Found]) -> Boxes:
+def detections(results: Sequence[ClipOutcome]) -> Boxes:
     """Every detection with every action, as the rows of AVA's CSV; images are numbered by their place."""
     found = _boxes(np.arange(len(results)), [f.boxes for f in results], [np.ones_like(f.actions) for f in results])
     return found._replace(score=np.concatenate([f.actions.ravel() for f in results]).astype(np.float64))
@@ -306,7 +306,7 @@ def _boxes(image: np.ndarray, boxes: Sequence[np.ndarray], labels: Sequence[np.n
     return Boxes(number[row], label + 1, box, np.ones(len(row)))
 
 
-def _action_ap(results: Sequence[Found]) -> np.ndarray:
+def _action_ap(results: Sequence[ClipOutcome]) -> np.ndarray:
     scores, labels = (np.concatenate([getattr(f, name) for f in results]) for name in ("truth_actions", "labels"))
     known = ~np.isnan(scores).any(1)
     scores, labels = scores[known], labels[known] > 0
