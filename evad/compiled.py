@@ -159,6 +159,14 @@ class _Pool:
         self.stream = torch.cuda.Stream(device)  # memory is shared between captures on one stream
         self.free = torch.cuda.Event()  # no replay is using the pool
         self.lock = threading.Lock()
+        # A graph that is never freed: where a pool's last graph goes while cuBLAS's workspace lies in the pool, torch
+        # fails an assertion in the next capture.
+        self.anchor = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(self.anchor, self.handle, self.stream, capture_error_mode="thread_local"),
+        ):
+            self.anchored = torch.zeros(1, device=device)
 
     @classmethod
     def of(cls, device: torch.device) -> _Pool:

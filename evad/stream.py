@@ -238,11 +238,13 @@ class _Staging:
         self.pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         self.there = torch.empty(shape, dtype=torch.uint8, device=device)
         self.copied, self.done = torch.cuda.Event(), torch.cuda.Event()
+        self.done.record(torch.cuda.current_stream(device))  # what used that memory before is done with it
 
     def send(self, clips: Sequence[Clip], detector: Compiled, copying: torch.cuda.Stream) -> None:
         number = len(clips)
         for place, clip in zip(self.pinned, clips, strict=False):
             torch.stack(tuple(clip.samples), 1, out=place)
+        copying.wait_event(self.done)
         with torch.cuda.stream(copying):
             self.there[:number].copy_(self.pinned[:number], non_blocking=True)
             self.copied.record(copying)

@@ -1,6 +1,7 @@
 """``EVAD.compiled``: the eager model's bits from a detector of one shape; on a GPU from a CUDA graph."""
 
 import contextlib
+import gc
 import threading
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from evad import EVAD, EVADConfig, compiled
+from evad_kernels import use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
@@ -190,6 +192,19 @@ def test_outlives_the_workspaces_of_cublas():
     assert all(x.isnan().all() for x in taken)
 
 
+@on_gpu
+def test_compiles_again_when_every_detector_before_is_gone():
+    model, clips = micro(), draw(2)
+    results = []
+    for _ in range(2):
+        detector = model.compiled(clips.shape[1:], 2)
+        results.append(detector(clips))
+        del detector
+        gc.collect()
+        torch.cuda.empty_cache()
+    assert_same_bits(*results)
+
+
 class Graph:
     """A CUDA graph's stand-in: a replay computes again."""
 
@@ -205,6 +220,7 @@ def leaves(results):
     return [*output[:3], *output.kept, *scored]
 
 
+@use_backend("auto")  # on the CPU, whatever backend the other tests are asked to run on
 def test_every_replay_follows_the_last_and_gives_copies(monkeypatch):
     """The steps around a capture and a replay, with a stand-in for CUDA: order, streams, one lock, copies."""
     steps = []
@@ -240,7 +256,7 @@ def test_every_replay_follows_the_last_and_gives_copies(monkeypatch):
     model = micro().cpu()
     clips = draw(3).cpu()
     detector = model.compiled(clips.shape[1:], 3)
-    assert steps == ["capture", "captured"] and captured_on == ["captures"]
+    assert steps == ["capture", "captured"] * 2 and captured_on == ["captures"] * 2  # the pool's anchor, the detector
     graph = detector._graph
     graph.graph.function, graph.graph.clips, graph.graph.results = detector._run, graph.clips, graph.results
     steps.clear()

@@ -2,6 +2,7 @@
 
 import gc
 import http.server
+import itertools
 import json
 import os
 import signal
@@ -334,11 +335,13 @@ class FakeDetector:
 def test_batches_overlap_on_a_gpu(monkeypatch):
     """With a stand-in for CUDA: a batch is sent before the last one is waited for, in memory that is not in use."""
     log, empty = [], torch.empty
+    names = itertools.cycle(["copied", "free"])  # of a batch's memory, in the order in which they are made
 
     def event():
-        return SimpleNamespace(record=lambda stream: None, synchronize=lambda: log.append(("wait",)))
+        name = next(names)
+        return SimpleNamespace(name=name, record=lambda stream: None, synchronize=lambda: log.append(("wait",)))
 
-    stream = SimpleNamespace(wait_event=lambda event: log.append(("copied",)))
+    stream = SimpleNamespace(wait_event=lambda event: log.append((event.name,)))
     fakes = {
         "Stream": lambda device: stream,
         "Event": event,
@@ -362,7 +365,7 @@ def test_batches_overlap_on_a_gpu(monkeypatch):
     runs = [entry[1] for entry in log if entry[0] == "run"]
     assert runs == [[1, 2], [3, 4], [5, 6], [7]]
     order = [entry[0] for entry in log]
-    assert order == ["copied", "run", *["copied", "run", "wait"] * 3, "wait"]
+    assert order == ["free", "copied", "run", *["free", "copied", "run", "wait"] * 3, "wait"]
 
 
 def test_batches_write_what_single_clips_write(tmp_path):
