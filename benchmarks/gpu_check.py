@@ -135,7 +135,7 @@ def sanitizer(tool: str, backend: str, seconds: int) -> Stage:
 BUILD = f"""
 {PYTHON} -m pip install -q --no-build-isolation --no-deps -e . && echo built by pip && exit
 echo pip could not, so by cmake:
-cmake -S . -B build/cmake -DPython_EXECUTABLE={PYTHON} -DEVAD_OUTPUT_DIRECTORY=$PWD/evad_kernels $CMAKE_ARGS &&
+cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE={PYTHON} -DEVAD_OUTPUT_DIRECTORY=$PWD/evad_kernels $CMAKE_ARGS &&
 cmake --build build/cmake --parallel && echo built by cmake
 """
 
@@ -156,7 +156,7 @@ import torch
 from benchmarks import bench_evad
 from evad_kernels import _backend
 
-_backend.BY_NAME_ONLY.clear()
+_backend.ON_TRIAL.clear()
 """
 FORWARD = """
 model, clips = bench_evad.inputs("cuda", "vit_b", (224, 224), torch.%s, %d)
@@ -194,7 +194,7 @@ STAGES = {
     "tests-gpu": Stage(pytest(3, "tests/test_gpu.py"), 400, "tests"),
     "tests-cuda": Stage(pytest(2, "-m", "not slow", "-k", "cuda", *OP_TESTS), 200, "tests", "cuda"),
     "tests-evad": Stage(pytest(2, "-m", "not slow", *EVAD_TESTS), 200, "tests", "cuda"),
-    # Captured detectors on our kernels, which "auto" leaves alone until they are tested.
+    # Captured detectors on Triton's kernels, whatever their trial says.
     "tests-evad-triton": Stage(
         pytest(2, "-m", "not slow", EVAD_TESTS[0]), 340, "tests", "evad-triton", {"EVAD_KERNELS_BACKEND": "triton"}
     ),

@@ -14,9 +14,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +38,8 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "pyramid_roi_align": ("cpu", "triton"),
 }
 
-# Written and compiled, but "auto" leaves them alone until their tests have passed on a GPU.
-BY_NAME_ONLY = {
+# No GPU has run their tests yet: "auto" takes them where a trial on the device itself passes (_trial.py).
+ON_TRIAL = {
     ("keyframe_attention", "triton"),
     ("keyframe_attention_topk", "triton"),
     ("select_tokens", "triton"),
@@ -51,7 +53,7 @@ BY_NAME_ONLY = {
     ("roi_pool_3d", "triton"),
     ("pyramid_roi_align", "triton"),
 }
-UNTESTED = "by name only: not yet tested on a GPU"
+UNTESTED = "not yet tested on a GPU: auto tries it first, once on each"
 NOT_IMPLEMENTED = "not implemented"
 
 # As Triton itself reads it, at the import of a kernel.
@@ -131,27 +133,79 @@ def choose(op: str, tensor: Tensor, *, triton: str | None = None) -> str:
         RuntimeError: the backend asked for by name does not serve this op, device or machine.
     """
     device = tensor.device.type
-    if _requested == "auto":
+    requested = _asked()
+    if requested == "auto":
         if device == "meta":  # shapes alone: the op's fake, whatever this machine can run
             return IMPLEMENTED[op][0]
         if forward_ad._current_level >= 0:  # kernels have no tangents: torch would take them for zero
             return "reference"
         for backend in IMPLEMENTED[op]:
-            if (op, backend) in BY_NAME_ONLY or DEVICE[backend] != device:
+            if DEVICE[backend] != device or _refusal(backend, tensor, triton) is not None:
                 continue
-            if _refusal(backend, tensor, triton) is None:
+            if (op, backend) not in ON_TRIAL or _passes(op, backend, tensor.device, tensor.dtype):
                 return backend
         return "reference"
-    if _requested != "reference":
-        reason = unavailable(op, _requested, device) or _refusal(_requested, tensor, triton)
+    if requested != "reference":
+        reason = unavailable(op, requested, device) or _refusal(requested, tensor, triton)
         if reason is not None:
-            raise RuntimeError(refused(op, _requested, reason))
-        if DEVICE[_requested] != device:
+            raise RuntimeError(refused(op, requested, reason))
+        if DEVICE[requested] != device:
             raise RuntimeError(
-                f"{op}: backend must serve the tensor's device ({device}), got {_requested!r}, "
-                f"which serves {DEVICE[_requested]}"
+                f"{op}: backend must serve the tensor's device ({device}), got {requested!r}, "
+                f"which serves {DEVICE[requested]}"
             )
-    return _requested
+    return requested
+
+
+class _Trying(NamedTuple):
+    thread: int
+    backend: str
+
+
+_trying: _Trying | None = None
+_trials = threading.Lock()
+_verdicts: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}  # of trials: None, or what is wrong
+
+
+@torch.compiler.assume_constant_result  # where torch.compile traces, it is called there and then
+def _passes(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``auto`` may take kernels that are on trial; tries them where they were not tried."""
+    tried = (op, backend, device, dtype)
+    if tried not in _verdicts:
+        if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
+            return False  # there is none, or a graph is being captured: not now
+        with _trials:
+            if tried not in _verdicts:
+                # In a thread of its own nothing of the caller's holds: no autocast, no modes, hooks or streams.
+                thread = threading.Thread(target=_try, args=tried)
+                thread.start()
+                thread.join()
+                if _verdicts[tried] is not None:
+                    warnings.warn(
+                        f"evad_kernels: {op}: the {backend} kernels failed their trial on {device} in {dtype}, so auto "
+                        f"leaves them alone: {_verdicts[tried]}",
+                        stacklevel=4,
+                    )
+    return _verdicts[tried] is None
+
+
+def _try(*tried) -> None:
+    global _trying
+    op, backend, device, dtype = tried
+    _trying = _Trying(threading.get_ident(), backend)
+    try:
+        _verdicts[tried] = importlib.import_module("._trial", __package__).failure(op, device, dtype)
+    finally:
+        _trying = None
+
+
+def _asked() -> str:
+    """What ``use_backend`` asks for, and in the thread of a trial what is tried."""
+    return _requested if _trying is None or _trying.thread != threading.get_ident() else _trying.backend
+
+
+def _failed(op: str, backend: str, tensor: Tensor) -> bool:
+    return _verdicts.get((op, backend, tensor.device, tensor.dtype)) is not None
 
 
 def _refusal(backend: str, tensor: Tensor, triton: str | None) -> str | None:
@@ -167,10 +221,10 @@ def in_force(op: str, backends: Iterable[str], tensor: Tensor) -> str:
     Raises:
         RuntimeError: none of them can.
     """
-    if _requested in backends:
-        candidates = [_requested]
+    if (requested := _asked()) in backends:
+        candidates = [requested]
     else:
-        candidates = sorted((b for b in IMPLEMENTED[op] if b in backends), key=lambda b: (op, b) in BY_NAME_ONLY)
+        candidates = sorted((b for b in IMPLEMENTED[op] if b in backends), key=lambda b: _failed(op, b, tensor))
     for backend in candidates:
         if _refusal(backend, tensor, None) is None:
             return backend
@@ -219,12 +273,13 @@ def backends() -> Backends:
     """Which backend serves which op on this machine, and why not.
 
     Returns:
-        ``{op: {backend: None if available, else the reason}}``, printing as a table. What serves an op only when it is
-        asked for by name has that as its reason.
+        ``{op: {backend: None if available, else the reason}}``, printing as a table. What ``auto`` takes only after a
+        trial has that as its reason, or how it failed one.
     """
 
     def reason(op: str, backend: str) -> str | None:
-        return unavailable(op, backend) or (UNTESTED if (op, backend) in BY_NAME_ONLY else None)
+        failed = (why for (*tried, _, _), why in _verdicts.items() if tried == [op, backend] and why is not None)
+        return unavailable(op, backend) or next(failed, UNTESTED if (op, backend) in ON_TRIAL else None)
 
     return Backends({op: {backend: reason(op, backend) for backend in BACKENDS} for op in IMPLEMENTED})
 

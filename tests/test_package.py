@@ -217,15 +217,18 @@ def test_a_backend_asked_for_by_name_never_falls_back(backend):
             assert expected in str(error.value)
 
 
-def test_untested_backend_is_used_by_name_only(monkeypatch):
+def test_untested_backend_is_taken_by_name_or_after_its_trial(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for backend in ("triton", "cuda"):
         monkeypatch.setitem(_backend.MISSING, backend, None)
         monkeypatch.setitem(_backend.DEVICE, backend, "cuda")
     on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
-    for op, backend in _backend.BY_NAME_ONLY:
+    for op, backend in _backend.ON_TRIAL:
         assert backend in _backend.IMPLEMENTED[op]
-        assert _backend.choose(op, on_gpu) != backend
+        monkeypatch.setattr(_backend, "_passes", lambda *tried: False)
+        assert _backend.choose(op, on_gpu) == "reference"
+        monkeypatch.setattr(_backend, "_passes", lambda *tried, this=(op, backend): tried[:2] == this)
+        assert _backend.choose(op, on_gpu) == backend
         with use_backend(backend):
             assert _backend.choose(op, on_gpu) == backend
         assert evad_kernels.backends()[op][backend] == _backend.UNTESTED

@@ -54,10 +54,10 @@ def test_guides_are_linked_and_their_links_exist():
 
 
 def test_ops_table_is_the_backends_table():
-    rows = re.findall(r"^\| `(\w+)` \| .*" + 3 * r" \| (yes|by name|)" + r" ?\|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| .*" + 3 * r" \| (yes|after a trial|)" + r" ?\|$", README, re.MULTILINE)
     assert {op for op, *_ in rows} == set(_backend.IMPLEMENTED)
     for op, *cells in rows:
         for backend, cell in zip(("cpu", "triton", "cuda"), cells, strict=True):
-            by_name = (op, backend) in _backend.BY_NAME_ONLY
-            expected = "" if backend not in _backend.IMPLEMENTED[op] else "by name" if by_name else "yes"
+            on_trial = (op, backend) in _backend.ON_TRIAL
+            expected = "" if backend not in _backend.IMPLEMENTED[op] else "after a trial" if on_trial else "yes"
             assert cell == expected, (op, backend)
