@@ -32,7 +32,7 @@ def case(op: str, dtype: torch.dtype) -> Case:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cpu").to(dtype)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
     def some(B: int, count: int, of: int) -> Tensor:
         return torch.stack([torch.randperm(of, generator=generator, device="cpu")[:count] for _ in range(B)])
@@ -55,7 +55,7 @@ def case(op: str, dtype: torch.dtype) -> Case:
         return Case(tensors, 1, lambda gather, tokens, index: gather(tokens, index, num_keyframe=12))
     grid = (2, 7, 9)
     cells = math.prod(grid)
-    corner, side = (torch.rand(2, 3, 2, generator=generator, device="cpu") * 100 for _ in range(2))
+    corner, side = 100 * torch.rand(2, 2, 3, 2, generator=generator, dtype=torch.float32, device="cpu")
     boxes = torch.cat([corner, corner + side], dim=-1)
     if op == "pyramid_roi_align":
         levels = [normal(2, 72, 28 >> i, 36 >> i) for i in range(4)]
@@ -107,5 +107,7 @@ def _step(run: Callable, op: Callable, tensors: list[Tensor], leaves: int, dtype
     if not wanted:
         return outputs
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(x.shape, generator=generator, device="cpu").to(dtype).to(x) for x in wanted]
+    grads = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype).to(x) for x in wanted
+    ]
     return [*outputs, *torch.autograd.grad(wanted, tensors[:leaves], grads)]
