@@ -244,6 +244,11 @@ def test_runs_of_different_starts_or_precision_are_not_compared():
     assert len(report.compare(experiment.trends[0], experiment, records).gaps) == 2
     records[names[1]][2]["precision"] = "float16"
     assert len(report.compare(experiment.trends[0], experiment, records).gaps) == 1
+    table = "\n".join(report.table(experiment, records))
+    assert "| attention (GAP) (float8) |" in table and "| random (float16, float8) |" in table
+    assert "| class token |" in table  # not run
+    del records[names[1]]
+    assert "float8" not in "\n".join(report.table(experiment, records))
 
 
 def test_report_without_records_says_not_run():

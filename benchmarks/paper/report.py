@@ -155,14 +155,20 @@ def with_claims(readme: str, records: Records) -> str:
 
 
 def table(experiment: Experiment, records: Records) -> list[str]:
+    """Its rows; each names its precision where not all were trained in the same."""
     lines = [f"| | paper | ours, {experiment.unit} | seeds |", "| --- | --- | --- | --- |"]
+    precisions = {
+        row: sorted({r["precision"] for r in records.get(row.run, ()) if "precision" in r}) for row in experiment.rows
+    }
+    mixed = len({name for some in precisions.values() for name in some}) > 1
     for row in experiment.rows:
         ours = list(values(row, records).values())
         cell = "not run"
         if ours:
             cell = f"{statistics.fmean(ours):.2f}" + (f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else "")
         paper = "" if row.paper is None else f"{row.paper:g}"
-        lines.append(f"| {row.label} | {paper} | {cell} | {len(ours) or ''} |")
+        trained = f" ({', '.join(precisions[row])})" if mixed and ours else ""
+        lines.append(f"| {row.label}{trained} | {paper} | {cell} | {len(ours) or ''} |")
     return lines
 
 
@@ -179,8 +185,9 @@ def text(records: Records, earlier: Records) -> str:
         f"the standard deviation over seeds. A difference in accuracy is claimed from {CLAIM} seeds: it holds if the "
         "95 % interval of its mean lies above what is asked, does not if below, and is undecided else. All seeds are "
         "scored on the same clips, so intervals leave out what other clips would change; comparisons share runs, "
-        "`keep_rate=0.7` most of all, so they are not independent. Frame mAP is AVA's as released: detections in the "
-        "order of their proposals.",
+        "`keep_rate=0.7` most of all, so they are not independent. Runs of different precision had different starts, "
+        "too, and are not compared; a table that has both names each row's. Frame mAP is AVA's as released: detections "
+        "in the order of their proposals.",
         "",
         *_how(records),
         "",
