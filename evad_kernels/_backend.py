@@ -18,7 +18,6 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -157,51 +156,59 @@ def choose(op: str, tensor: Tensor, *, triton: str | None = None) -> str:
     return requested
 
 
-class _Trying(NamedTuple):
-    thread: int
-    backend: str
-
-
-_trying: _Trying | None = None
+_trying: dict[int, str] = {}  # thread that holds a trial -> the backend that it tries
 _trials = threading.Lock()
 _verdicts: dict[tuple[str, str, torch.device, torch.dtype], str | None] = {}  # of trials: None, or what is wrong
 
 
-@torch.compiler.assume_constant_result  # where torch.compile traces, it is called there and then
 def _passes(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether ``auto`` may take kernels that are on trial; tries them where they were not tried."""
     tried = (op, backend, device, dtype)
     if tried not in _verdicts:
         if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
             return False  # there is none, or a graph is being captured: not now
-        with _trials:
-            if tried not in _verdicts:
-                # In a thread of its own nothing of the caller's holds: no autocast, no modes, hooks or streams.
-                thread = threading.Thread(target=_try, args=tried)
-                thread.start()
-                thread.join()
-                if _verdicts[tried] is not None:
-                    warnings.warn(
-                        f"evad_kernels: {op}: the {backend} kernels failed their trial on {device} in {dtype}, so auto "
-                        f"leaves them alone: {_verdicts[tried]}",
-                        stacklevel=4,
-                    )
-    return _verdicts[tried] is None
+        if torch._C._current_graph_task_id() != -1:
+            return False  # in a backward: the trial's own would wait for this thread
+        # In a thread of its own nothing of the caller's holds: no autocast, no modes, hooks or streams.
+        thread = threading.Thread(target=_try, args=tried)
+        thread.start()
+        thread.join()
+        if _verdicts.get(tried) is not None:
+            warnings.warn(
+                f"evad_kernels: {op}: the {backend} kernels failed their trial on {device} in {dtype}, so auto leaves "
+                f"them alone: {_verdicts[tried]}",
+                stacklevel=4,
+            )
+    return _verdicts.get(tried, "") is None
+
+
+# Where torch.compile traces, it is called there and then. As torch.compiler.assume_constant_result, which imports all
+# of torch._dynamo for it.
+_passes._dynamo_marked_constant = True
 
 
 def _try(*tried) -> None:
-    global _trying
+    """Hold a trial, unless another thread has meanwhile; no verdict where memory is short."""
     op, backend, device, dtype = tried
-    _trying = _Trying(threading.get_ident(), backend)
-    try:
-        _verdicts[tried] = importlib.import_module("._trial", __package__).failure(op, device, dtype)
-    finally:
-        _trying = None
+    with _trials:
+        if tried in _verdicts:
+            return
+        _trying[threading.get_ident()] = backend
+        try:
+            _verdicts[tried] = importlib.import_module("._trial", __package__).failure(op, device, dtype)
+        except torch.OutOfMemoryError:
+            pass
+        except BaseException as error:  # a compiler's, a driver's: whatever it is, the kernels are not to be used
+            _verdicts[tried] = f"{type(error).__name__}: {error}"
+        finally:
+            del _trying[threading.get_ident()]
 
 
 def _asked() -> str:
     """What ``use_backend`` asks for, and in the thread of a trial what is tried."""
-    return _requested if _trying is None or _trying.thread != threading.get_ident() else _trying.backend
+    if torch.compiler.is_dynamo_compiling() or not _trying:
+        return _requested
+    return _trying.get(threading.get_ident(), _requested)
 
 
 def _failed(op: str, backend: str, tensor: Tensor) -> bool:
@@ -278,7 +285,7 @@ def backends() -> Backends:
     """
 
     def reason(op: str, backend: str) -> str | None:
-        failed = (why for (*tried, _, _), why in _verdicts.items() if tried == [op, backend] and why is not None)
+        failed = (why for (*tried, _, _), why in list(_verdicts.items()) if tried == [op, backend] and why is not None)
         return unavailable(op, backend) or next(failed, UNTESTED if (op, backend) in ON_TRIAL else None)
 
     return Backends({op: {backend: reason(op, backend) for backend in BACKENDS} for op in IMPLEMENTED})

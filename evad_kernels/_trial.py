@@ -2,8 +2,8 @@
 
 Without a GPU they are compiled, interpreted and emulated, which does not show what a GPU makes of them. So where
 ``auto`` would first take such kernels (``_backend.ON_TRIAL``) on a device and dtype, a small case runs, forward and
-backward, and is held to the rule of accuracy (``testing.assert_accurate``) against the reference on the CPU. It waits
-for the device, and takes as long as Triton compiles, which at the first call it would anyway.
+backward, and is compared with the reference on the CPU: its error against float64 is at most twice the reference's and
+``TINY``. It waits for the device, and takes as long as Triton compiles, which at the first call it would anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .testing import assert_accurate
+from .testing import DTYPES
+
+TINY = 1e-5  # of the largest value: this looks for what is broken, tests/ for what is less accurate than it should be
 
 
 class Case(NamedTuple):
@@ -55,11 +57,13 @@ def case(op: str, dtype: torch.dtype) -> Case:
         return Case(tensors, 1, lambda gather, tokens, index: gather(tokens, index, num_keyframe=12))
     grid = (2, 7, 9)
     cells = math.prod(grid)
-    corner, side = 100 * torch.rand(2, 2, 3, 2, generator=generator, dtype=torch.float32, device="cpu")
-    boxes = torch.cat([corner, corner + side], dim=-1)
+    # Inside the frame: beyond its edge bins are equal but for rounding, and either may be the largest.
+    corner, side = 50 * torch.rand(2, 2, 3, 2, generator=generator, dtype=torch.float32, device="cpu")
+    boxes = torch.cat([corner, corner + side + 10], dim=-1)
     if op == "pyramid_roi_align":
         levels = [normal(2, 72, 28 >> i, 36 >> i) for i in range(4)]
-        return Case([*levels, boxes], 4, lambda align, *levels: align(levels[:4], levels[4]))
+        boxes = boxes * torch.tensor([0.5, 1.0, 2.0], device="cpu")[:, None]  # some of each level
+        return Case([*levels, boxes], 4, lambda align, *x: align(x[:4], x[4], canonical_size=32.0))
     tokens, position, fill = normal(2, 80, 72), some(2, 80, cells), normal(cells, 72)
     if op == "scatter_tokens":
         tensors = [tokens, fill, position]
@@ -73,21 +77,24 @@ def case(op: str, dtype: torch.dtype) -> Case:
 
 def failure(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """What is wrong with ``op`` as it now runs on ``device``, or None. Waits for the device."""
-    try:
-        tensors, leaves, run = case(op, dtype)
-        leaves = leaves if dtype.is_floating_point else 0
-        wide = [x.double() if dtype.is_floating_point and x.dtype == dtype else x for x in tensors]
-        plain = _step(run, _reference(op), tensors, leaves, dtype)
-        truth = _step(run, _reference(op), wide, leaves, dtype)
-        call = getattr(importlib.import_module(__package__), op)
-        actual = _step(run, call, [x.to(device) for x in tensors], leaves, dtype)
-        for number, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
-            if a.is_floating_point():
-                assert_accurate(a.cpu(), p, t, label=f"result {number}")
-            elif not torch.equal(a.cpu(), p):
+    tensors, leaves, run = case(op, dtype)
+    leaves = leaves if dtype in DTYPES else 0
+    wide = [x.double() if dtype in DTYPES and x.dtype == dtype else x for x in tensors]
+    plain = _step(run, _reference(op), tensors, leaves, dtype)
+    truth = _step(run, _reference(op), wide, leaves, dtype)
+    call = getattr(importlib.import_module(__package__), op)
+    actual = _step(run, call, [x.to(device) for x in tensors], leaves, dtype)
+    for number, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
+        if a.shape != p.shape or a.dtype != p.dtype:
+            return f"result {number}: {list(a.shape)} {a.dtype}, expected {list(p.shape)} {p.dtype}"
+        if a.dtype not in DTYPES:
+            if not torch.equal(a.cpu(), t):
                 return f"result {number} differs"
-    except Exception as error:  # a compiler's, a driver's: whatever it is, the kernels are not to be used
-        return f"{type(error).__name__}: {error}"
+            continue
+        error, plain_error = ((x.detach().double().cpu() - t.detach()).abs().max().item() for x in (a, p))
+        allowed = 2 * plain_error + TINY * t.abs().max().item()
+        if not error <= allowed:
+            return f"result {number}: error {error:.3e}, allowed {allowed:.3e}"
     return None
 
 

@@ -129,6 +129,40 @@ def test_torch_compile_holds_the_trial_while_it_traces(works, on_trial, monkeypa
     assert ("torch.ops.evad_kernels" in graphs[0].code) == works
 
 
+def test_no_trial_in_a_backward(on_trial, monkeypatch):
+    """On a GPU the trial's backward would wait for the thread that waits for the trial."""
+    monkeypatch.setattr(_backend, "_try", broken)
+    x = torch.ones(1, requires_grad=True)
+    chosen = []
+    x.register_hook(lambda gradient: chosen.append(_backend.choose("scatter_tokens", gradient)))
+    x.sum().backward()
+    assert chosen == ["reference"] and not _backend._verdicts
+
+
+@interpreted
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_trial_that_breaks_off(error, on_trial, monkeypatch):
+    """Where memory was short it is held again; anything else is a failure."""
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(_trial, "failure", fail)
+        call()
+    again = error is torch.OutOfMemoryError
+    call()
+    assert (None in _backend._verdicts.values()) == again and not _backend._trying and not _backend._trials.locked()
+
+
+def test_pyramid_case_has_boxes_of_every_level():
+    *levels, boxes = _trial.case("pyramid_roi_align", torch.float32).tensors
+    assert len(levels) == 4
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    assert set((4 + (area.sqrt() / 32).log2()).floor().clamp(2, 5).int().flatten().tolist()) == {2, 3, 4, 5}
+
+
 @interpreted
 def test_other_threads_go_on_while_one_tries(on_trial, monkeypatch):
     """The trial's choice of a backend is its thread's alone."""
