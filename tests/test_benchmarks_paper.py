@@ -74,10 +74,10 @@ def test_runs_resumes_and_reports(tmp_path, monkeypatch):
     assert made == sum(run.name.startswith(tuple(NAMES)) for run in RUNS) - 6
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     assert len(list((work / "start=3,bfloat16").glob("*,seed=5"))) == 1
-    record = json.loads((records / "keep_rate=0.7,pruning=random,seed=5.json").read_text())
+    record = json.loads((records / "keep_rate=0.7,pruning=random,seed=5,bfloat16.json").read_text())
     assert record["steps"] == 2 and record["model"]["pruning"] == "random" and record["machine"]["commit"]
     assert set(record["evaluations"]["by_rate"]) == {"0.7"}
-    longer = json.loads((records / "keep_rate=0.7,times=3,seed=5.json").read_text())
+    longer = json.loads((records / "keep_rate=0.7,times=3,seed=5,bfloat16.json").read_text())
     assert longer["steps"] == 6 and longer["run"] == "keep_rate=0.7,times=3" and longer["model"]["keep_rate"] == 0.7
     assert schedule.make_all(PLAN, NAMES, [5], records, work) == 0
     paper.main(["--report", "--out", str(tmp_path)])
@@ -96,7 +96,7 @@ def test_several_at_once_make_the_same(tmp_path):
     finally:
         torch.set_num_threads(threads)
     two, alone = (
-        json.loads((tmp_path / folder / f"{name},seed=6.json").read_text())["evaluations"]
+        json.loads((tmp_path / folder / f"{name},seed=6,bfloat16.json").read_text())["evaluations"]
         for folder in ("runs", "alone")
     )
     assert two == alone
@@ -182,7 +182,7 @@ def test_verdicts(attention, random, words):
 
 def test_time_counts_on_a_quiet_machine_alone():
     experiment = next(e for e in EXPERIMENTS if e.title.startswith("Figure 8"))
-    for load, expected in ((1.2, {0: 75.0}), (3.0, {})):
+    for load, expected in ((1.2, {("", 0): 75.0}), (3.0, {})):
         records = {
             f"cost,keep_rate={rate}": [
                 {"kind": "cost", "seed": 0, "cost": {"seconds": rate + 0.2}, "machine": {"load": load, "threads": 1}}
@@ -236,7 +236,7 @@ def test_a_difference_of_differences():
     assert found.gaps == pytest.approx([2.0] * 3) and found.paper == pytest.approx(3.9) and found.verdict == "holds"
 
 
-def test_runs_of_different_starts_or_precision_are_not_compared():
+def test_runs_are_compared_within_a_start():
     names = ("keep_rate=0.7", "keep_rate=0.7,pruning=random")
     records = {name: [fake(name, seed, mAP=0.5) | {"start_sha256": "a"} for seed in range(3)] for name in names}
     records[names[0]][1]["start_sha256"] = "b"
@@ -244,11 +244,26 @@ def test_runs_of_different_starts_or_precision_are_not_compared():
     assert len(report.compare(experiment.trends[0], experiment, records).gaps) == 2
     records[names[1]][2]["precision"] = "float16"
     assert len(report.compare(experiment.trends[0], experiment, records).gaps) == 1
-    table = "\n".join(report.table(experiment, records))
-    assert "| attention (GAP) (float8) |" in table and "| random (float16, float8) |" in table
-    assert "| class token |" in table  # not run
-    del records[names[1]]
-    assert "float8" not in "\n".join(report.table(experiment, records))
+
+
+def test_a_seed_counts_once_whatever_its_precisions():
+    """Seed 0 has a gap of 10 and one of 20, seeds 1 and 2 one each: 15, 12 and 15."""
+    levels = {"keep_rate=0.7": (0.6, 0.62, 0.65), "keep_rate=0.7,pruning=random": (0.5, 0.5, 0.5)}
+    records = {name: [fake(name, seed, mAP=level) for seed, level in enumerate(of)] for name, of in levels.items()}
+    for name, level in (("keep_rate=0.7", 0.7), ("keep_rate=0.7,pruning=random", 0.5), ("keep_rate=1.0", 0.8)):
+        records.setdefault(name, []).append(fake(name, 0, mAP=level) | {"precision": "float16"})
+    experiment = next(e for e in EXPERIMENTS if e.title.startswith("Table 1b"))
+    assert report.compare(experiment.trends[0], experiment, records).gaps == pytest.approx([15.0, 12.0, 15.0])
+    unit = experiment.unit
+    lines = report.table(experiment, records)
+    assert lines[0] == f"| | paper | ours, {unit}, float16 | seeds | ours, {unit}, float8 | seeds |"
+    assert "| attention (GAP) | 30.5 | 70.00 | 1 | 62.33 ± 2.52 | 3 |" in lines
+    assert "| no pruning | 30.5 | 80.00 | 1 | not run |  |" in lines
+    for some in records.values():
+        some[:] = [record for record in some if record["precision"] == "float8"]
+    lines = report.table(experiment, records)
+    assert lines[0] == f"| | paper | ours, {unit} | seeds |"
+    assert "| attention (GAP) | 30.5 | 62.33 ± 2.52 | 3 |" in lines and "| no pruning | 30.5 | not run |  |" in lines
 
 
 def test_report_without_records_says_not_run():

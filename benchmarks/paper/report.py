@@ -1,6 +1,7 @@
 """Writes REPORT.md from the records: the paper's number and ours side by side, and which trends hold.
 
-A trend is asked of the differences between two rows, one a seed. It holds if the 95 % interval of their mean (Student's
+A trend is asked of the differences between two rows, one a seed: between runs of the same precision, whose start is the
+same, and their mean where a seed has them in several. It holds if the 95 % interval of the differences' mean (Student's
 t) lies above what is asked, does not if it lies below, and is undecided else.
 """
 
@@ -18,7 +19,18 @@ from .experiments import EARLIER, EXPERIMENTS, RUNS, Experiment, Row, Trend
 
 CLAIM = 3  # seeds from which a difference in accuracy is claimed
 BEGIN, END = "<!-- paper: begin -->", "<!-- paper: end -->"
-Records = Mapping[str, Sequence[dict]]  # by run, one a seed, in the order of seeds
+Records = Mapping[str, Sequence[dict]]  # by run, in the order of their origins
+
+
+class Origin(NamedTuple):
+    """What the runs that are compared with each other share: their start's weights are of this precision and seed."""
+
+    precision: str  # "" of what is not trained
+    seed: int
+
+
+def _origin(record: dict) -> Origin:
+    return Origin(record.get("precision", ""), record["seed"])
 
 
 def read_records(folder: Path) -> Records:
@@ -26,11 +38,11 @@ def read_records(folder: Path) -> Records:
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         records.setdefault(record["run"], []).append(record)
-    return {run: sorted(some, key=lambda record: record["seed"]) for run, some in records.items()}
+    return {run: sorted(some, key=_origin) for run, some in records.items()}
 
 
-def values(row: Row, records: Records) -> dict[int, float]:
-    """A row's number by seed, per cent."""
+def values(row: Row, records: Records) -> dict[Origin, float]:
+    """A row's numbers, per cent."""
     found = {}
     for record in records.get(row.run, ()):
         if record["kind"] == "cost":
@@ -42,7 +54,7 @@ def values(row: Row, records: Records) -> dict[int, float]:
             rate = evaluations["own_rate"] if row.rate is None else str(row.rate)
             value = evaluations["by_rate"].get(rate, {}).get(row.metric)
         if value is not None:
-            found[record["seed"]] = 100 * value
+            found[_origin(record)] = 100 * value
     return found
 
 
@@ -81,11 +93,11 @@ class Comparison(NamedTuple):
 
 
 def compare(trend: Trend, experiment: Experiment, records: Records) -> Comparison | None:
-    """None where no seed has all rows."""
+    """None where no seed has all rows in one precision."""
     rows = [next(row for row in experiment.rows if row.label == label) for label in trend.labels]
     ours = [values(row, records) for row in rows]
-    seeds = sorted(set.intersection(*map(set, ours)) - _unlike(rows, records))
-    if not seeds:
+    shared = set.intersection(*map(set, ours)) - _unlike(rows, records)
+    if not shared:
         return None
 
     def difference(of: Sequence[float]) -> float:
@@ -94,17 +106,19 @@ def compare(trend: Trend, experiment: Experiment, records: Records) -> Compariso
     counted = {record["kind"] for row in rows for record in records[row.run]} == {"cost"}
     paper = None if None in [row.paper for row in rows] else difference([row.paper for row in rows])
     least = 0.0 if trend.within is None else -trend.within
-    return Comparison(paper, [difference([of[seed] for of in ours]) for seed in seeds], least, counted)
+    by_seed: dict[int, list[float]] = {}
+    for origin in sorted(shared):
+        by_seed.setdefault(origin.seed, []).append(difference([of[origin] for of in ours]))
+    return Comparison(paper, [statistics.fmean(by_seed[seed]) for seed in sorted(by_seed)], least, counted)
 
 
-def _unlike(rows: Sequence[Row], records: Records) -> set[int]:
-    """Seeds whose runs differ in their start's weights or in precision, as far as the records say."""
-    found: dict[tuple[int, str], set[str]] = {}
+def _unlike(rows: Sequence[Row], records: Records) -> set[Origin]:
+    """Origins whose runs differ in their start's weights all the same, as far as the records say."""
+    found: dict[Origin, set[str]] = {}
     for record in (record for row in rows for record in records.get(row.run, ())):
-        for what in ("start_sha256", "precision"):
-            if what in record:
-                found.setdefault((record["seed"], what), set()).add(record[what])
-    return {seed for (seed, _), some in found.items() if len(some) > 1}
+        if "start_sha256" in record:
+            found.setdefault(_origin(record), set()).add(record["start_sha256"])
+    return {origin for origin, starts in found.items() if len(starts) > 1}
 
 
 def verdict(trend: Trend, experiment: Experiment, records: Records) -> str:
@@ -155,20 +169,24 @@ def with_claims(readme: str, records: Records) -> str:
 
 
 def table(experiment: Experiment, records: Records) -> list[str]:
-    """Its rows; each names its precision where not all were trained in the same."""
-    lines = [f"| | paper | ours, {experiment.unit} | seeds |", "| --- | --- | --- | --- |"]
-    precisions = {
-        row: sorted({r["precision"] for r in records.get(row.run, ()) if "precision" in r}) for row in experiment.rows
-    }
-    mixed = len({name for some in precisions.values() for name in some}) > 1
-    for row in experiment.rows:
-        ours = list(values(row, records).values())
-        cell = "not run"
-        if ours:
-            cell = f"{statistics.fmean(ours):.2f}" + (f" ± {statistics.stdev(ours):.2f}" if len(ours) > 1 else "")
-        paper = "" if row.paper is None else f"{row.paper:g}"
-        trained = f" ({', '.join(precisions[row])})" if mixed and ours else ""
-        lines.append(f"| {row.label}{trained} | {paper} | {cell} | {len(ours) or ''} |")
+    """Its rows, with two columns for each precision that some were trained in."""
+    ours = {row: values(row, records) for row in experiment.rows}
+    precisions = sorted({origin.precision for some in ours.values() for origin in some} - {""}) or [""]
+    heads = [f"{experiment.unit}, {name}" if len(precisions) > 1 else experiment.unit for name in precisions]
+    lines = [
+        "| | paper |" + "".join(f" ours, {head} | seeds |" for head in heads),
+        "| --- | --- |" + " --- | --- |" * len(heads),
+    ]
+    for row, found in ours.items():
+        line = f"| {row.label} | {'' if row.paper is None else f'{row.paper:g}'} |"
+        for precision in precisions:
+            # What is not trained stands in the first.
+            names = (precision, "") if precision == precisions[0] else (precision,)
+            some = [value for origin, value in found.items() if origin.precision in names]
+            cell = f"{statistics.fmean(some):.2f}" if some else "not run"
+            line += f" {cell} ± {statistics.stdev(some):.2f} |" if len(some) > 1 else f" {cell} |"
+            line += f" {len(some) or ''} |"
+        lines.append(line)
     return lines
 
 
@@ -185,9 +203,9 @@ def text(records: Records, earlier: Records) -> str:
         f"the standard deviation over seeds. A difference in accuracy is claimed from {CLAIM} seeds: it holds if the "
         "95 % interval of its mean lies above what is asked, does not if below, and is undecided else. All seeds are "
         "scored on the same clips, so intervals leave out what other clips would change; comparisons share runs, "
-        "`keep_rate=0.7` most of all, so they are not independent. Runs of different precision had different starts, "
-        "too, and are not compared; a table that has both names each row's. Frame mAP is AVA's as released: detections "
-        "in the order of their proposals.",
+        "`keep_rate=0.7` most of all, so they are not independent. A seed's runs in another precision had another "
+        "start: runs are compared within a precision, and where a seed has a difference in both, their mean is its "
+        "one. Frame mAP is AVA's as released: detections in the order of their proposals.",
         "",
         *_how(records),
         "",

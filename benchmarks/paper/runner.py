@@ -46,13 +46,14 @@ class Plan(NamedTuple):
     model: Mapping = MappingProxyType({})  # replaces fields of every model: a test's smaller ones
 
 
-def record_path(folder: Path, run: Run, seed: int) -> Path:
-    return folder / f"{run.name},seed={seed}.json"
+def record_path(folder: Path, run: Run, seed: int, precision: str) -> Path:
+    trained = f",{precision}" if run.kind == "train" else ""
+    return folder / f"{run.name},seed={seed}{trained}.json"
 
 
 def make(run: Run, seed: int, plan: Plan, records: Path, work: Path, say: Callable[[str], None]) -> bool:
     """Complete a run, unless its record is there; returns whether there was something to do."""
-    path = record_path(records, run, seed)
+    path = record_path(records, run, seed, plan.precision)
     if path.exists():
         return False
     begin = time.perf_counter()

@@ -21,7 +21,7 @@ def make_all(plan: runner.Plan, names: list[str], seeds: list[int], records: Pat
     chosen = [run for run in RUNS if any(run.name.startswith(name) for name in names)]
     # There is one shipped model.
     todo = [(run, seed) for run in chosen for seed in (seeds[:1] if run.kind == "shipped" else seeds)]
-    todo = [(run, seed) for run, seed in todo if not runner.record_path(records, run, seed).exists()]
+    todo = [job for job in todo if not runner.record_path(records, *job, plan.precision).exists()]
     if jobs > 1:
         return sum(_at_once(plan, todo, records, work, jobs))
     return sum(_make(run, seed, plan, records, work) for run, seed in todo)
