@@ -202,7 +202,7 @@ def gather_tokens_backward_kernel(
             name = index + repeated.to(tl.int64) * index_stride_k
             row = grad_kept + (num_keyframe + repeated.to(tl.int64)) * C
             for _ in range(repeated, stop):
-                copy = (n < N) & (at == tl.load(name))  # a token of this program that the row copies
+                copy = (at >= 0) & (n < N) & (at == tl.load(name))  # a token of this program that the row copies
                 value = tl.load(row + c[None, :], mask=copy[:, None] & (c < C)[None, :], other=0)
                 total += value.to(total.dtype)
                 copies += copy.to(tl.int32)
@@ -294,7 +294,7 @@ def gather_backward(grad_kept: Tensor, index: Tensor, num_keyframe: int, N: int)
         ROWS=own,
         BLOCK_K=BLOCK_K,
         BLOCK_C=channels(source, own, num_warps),
-        BLOCK_SUM=16,
+        BLOCK_SUM=min(max(4096 // own, 16), power_of_two(C)),  # a step of the sums has few rows, and waits for each
         num_warps=num_warps,
     )
     return grad_tokens

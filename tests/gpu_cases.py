@@ -148,7 +148,7 @@ HOSTILE_BOXES = [
 def hostile(dtype):
     """Op -> its case with indices, positions and boxes outside, repeated or meaningless, and odd sizes."""
     draw = Draw(dtype)
-    far = torch.tensor([-1, 0, 5, 5, 41, 42, 2**31, -(2**31), 2**63 - 1, -(2**63), 7])
+    far = torch.tensor([-1, 0, 5, -1, 5, 41, -1, 42, 2**31, -(2**31), 2**63 - 1, -(2**63), 7])
     outside = torch.stack([far, far.flip(0)])
     boxes = torch.tensor(HOSTILE_BOXES).expand(2, 7, 4)
     of_no_image = torch.tensor([-1.0, 0, 1, 2, math.nan, math.inf, 1])[:, None]
@@ -156,7 +156,7 @@ def hostile(dtype):
     qkv = draw.heads(2, 67, 3, 40)
     ties = torch.randint(0, 3, (2, 67), generator=draw.generator).float()
     ties[0, ::5], ties[1, ::7] = math.nan, -math.inf
-    kept, fill, grid = draw.normal(2, 11, 19), draw.normal(42, 19), (2, 3, 7)
+    kept, fill, grid = draw.normal(2, 13, 19), draw.normal(42, 19), (2, 3, 7)
     levels = [draw.normal(2, 5, max(11 >> i, 1), max(13 >> i, 1)) for i in range(4)]
     roi_ops = {op: getattr(ek, op) for op in BOXES[:2]}
     return {

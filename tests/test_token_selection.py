@@ -354,6 +354,11 @@ def test_gather_rejects_index_outside(backend, bad):
         assert kept[..., 0].tolist() == [[1, 1, 1, 0]]
         (grad,) = torch.autograd.grad(kept.sum(), tokens)
         assert grad[..., 0].tolist() == [[1, 1, 1, 0, 0, 0]]
+        # Beside a token that was kept twice, too: what is outside is no copy of a keyframe's row.
+        grads = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0])[None, :, None].expand(1, 7, 3)
+        kept = gather_tokens(tokens, torch.tensor([[0, bad, 0, bad, 1]]), num_keyframe=2)
+        (grad,) = torch.autograd.grad(kept, tokens, grads)
+        assert grad[..., 0].tolist() == [[2, 3, 5 + 11, 17, 0, 0]]
         assert not gather_tokens(torch.ones(1, 2, 3), torch.tensor([[0]]), num_keyframe=2)[:, 2].any()
         return
     with pytest.raises(ValueError, match=r"gather_tokens: index must be in \[0, 4\), got"):
