@@ -230,9 +230,13 @@ def _sizes(query: Tensor, num_keyframe: int) -> tuple[int, ...]:
 
 
 def _rows_first(query: Tensor, rows: int) -> Tensor:
-    """Empty [B, H, rows, D] in the memory of a [B, rows, H, D] tensor."""
+    """Empty [B, H, rows, D] in the memory's order [B, rows, H, D]; no view, for to an op's views nobody may write."""
     B, H, _, D = query.shape
-    return query.new_empty(B, rows, H, D).transpose(1, 2)
+    return query.new_empty_strided((B, H, rows, D), rows_first_strides(rows, H, D))
+
+
+def rows_first_strides(rows: int, H: int, D: int) -> tuple[int, ...]:
+    return rows * H * D, D, H * D, 1
 
 
 def _forward_cpu(query, key, value, num_keyframe, keyframe_weight, scale):
@@ -274,19 +278,18 @@ def _forward_topk_cpu(query, key, value, num_keyframe, num_select, keyframe_weig
     index = _select_native(importance, num_select)
     B, H, N, D = query.shape
     K = num_keyframe + num_select
-    rows = output.transpose(1, 2)  # [B, N, H, D], contiguous: the kept rows move to its front
-    if rows.numel() > 0:
-        _backend.native.keep_rows(
-            rows.data_ptr(),
+    if output.numel() > 0:
+        _backend.native.keep_rows(  # [B, N, H, D] in memory: the kept rows move to its front
+            output.data_ptr(),
             B,
             N,
-            H * D * rows.element_size(),
+            H * D * output.element_size(),
             num_keyframe,
             index.data_ptr(),
             num_select,
             torch.get_num_threads(),
         )
-    kept = rows.flatten()[: B * K * H * D].view(B, K, H, D).transpose(1, 2)
+    kept = output.as_strided_((B, H, K, D), rows_first_strides(K, H, D))
     return kept, importance, lse, index
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import _backend
 from ._triton import INTERPRETED, Launch, architecture, blocks, launch, power_of_two, recorded, rounded
-from .keyframe_attention import _backward_fake, _forward_fake
+from .keyframe_attention import _backward_fake, _forward_fake, rows_first_strides
 from .keyframe_attention_tuning import tile
 from .token_selection import _gather, _select
 
@@ -609,7 +609,8 @@ def forward_topk(
     output, importance, lse = forward(query, key, value, num_keyframe, keyframe_weight, scale)
     index = _select(importance, num_select)
     kept = _gather(output.transpose(1, 2).flatten(2), index, num_keyframe)  # [B, K, H * D]
-    return kept.unflatten(2, (query.shape[1], query.shape[3])).transpose(1, 2), importance, lse, index
+    (B, H, _, D), K = query.shape, kept.shape[1]
+    return kept.as_strided_((B, H, K, D), rows_first_strides(K, H, D)), importance, lse, index
 
 
 def backward(

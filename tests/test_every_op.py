@@ -165,6 +165,20 @@ def test_inference_mode_changes_nothing(backend, name):
 
 
 @pytest.mark.parametrize("name", sorted(set(CALLS) - {"select_tokens"}))
+def test_outputs_may_be_written_to(backend, name):
+    run, inputs = CALLS[name]()
+
+    def doubled(*inputs):
+        return tuple(output.mul_(2) for output in as_tuple(run(*inputs)))
+
+    def twice(*inputs):
+        return tuple(output * 2 for output in as_tuple(run(*inputs)))
+
+    (outputs, grads), (expected, expected_grads) = gradients(doubled, inputs), gradients(twice, inputs)
+    assert equal([*outputs, *grads], [*expected, *expected_grads])
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"select_tokens"}))
 def test_forward_mode_agrees_with_the_backward(name):
     """A kernel has no tangents, so the automatic choice is the reference: none is lost in silence."""
     run, inputs = CALLS[name]()
