@@ -71,8 +71,19 @@ def roi_align(
         return _samples(arguments)[:, :, 0]
     dense = tokens.to(boxes.corners.dtype).view(B, 1, H, W, C)
     options = {"scale": scale, "output": output, "sampling_ratio": _adaptive, "aligned": bool(aligned)}
-    bins = _boxes.bins_reference(dense, boxes, **options)  # [R, height, 1, width, C]
-    return bins[:, :, 0].permute(0, 3, 1, 2).to(input.dtype)
+    if boxes.batch is None:
+        return _bins(dense, boxes.corners, options).to(input.dtype)
+    bins = dense.new_zeros(boxes.corners.shape[0], C, *output)
+    for b in range(B):  # all at once, each box would have a copy of its image's map
+        rows = (boxes.batch == b).nonzero()[:, 0]
+        if rows.numel():
+            bins = bins.index_copy(0, rows, _bins(dense[b : b + 1], boxes.corners[rows], options))
+    return bins.to(input.dtype)
+
+
+def _bins(dense: Tensor, corners: Tensor, options: dict) -> Tensor:
+    """[R, C, height, width] of as many boxes an image, in the order of images, from [B, 1, H, W, C]."""
+    return _boxes.bins_reference(dense, _boxes.Boxes(None, corners), **options)[:, :, 0].permute(0, 3, 1, 2)
 
 
 def _adaptive(width: Tensor) -> Tensor:

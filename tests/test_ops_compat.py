@@ -207,6 +207,18 @@ def test_edges(sampling_ratio):
     assert not roi_align(features, bad, 2, sampling_ratio=sampling_ratio, aligned=True).any()
 
 
+def test_an_adaptive_box_needs_no_map_of_its_own():
+    """Two maps of 8 MB and 2,000 boxes, whose maps would be 16 GB; in the order given, from either image."""
+    maps = torch.zeros(2, 1, 1024, 2048) + torch.tensor([1.0, 2.0])[:, None, None, None]
+    maps.requires_grad_()
+    image = torch.arange(2000) % 2
+    boxes = torch.tensor([3.0, 3.0, 7.0, 7.0]).expand(2000, 4)
+    bins = roi_align(maps, torch.cat([image[:, None].float(), boxes], 1), 1)
+    assert torch.equal(bins[:, 0, 0, 0], image + 1.0)
+    (grad,) = torch.autograd.grad(bins.sum(), maps)
+    torch.testing.assert_close(grad.sum((1, 2, 3)), torch.full((2,), 1000.0))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
