@@ -50,6 +50,7 @@ OPS = {  # file of tests -> public functions
     "scatter_tokens": ("scatter_tokens",),
     "token_selection": ("select_tokens", "gather_tokens"),
 }
+ATTENTION_DTYPES = [("bfloat16",), ("float16",), ("float32",)]
 OP_TESTS = [f"tests/test_{name}.py" for name in (*OPS, "every_op", "evad_model")]
 EVAD_TESTS = [f"tests/test_evad_{name}.py" for name in ("compiled", "static")]
 EVAD_TESTS += ["tests/test_evad_stream.py"] if importlib.util.find_spec("av") else []
@@ -133,6 +134,8 @@ def sanitizer(tool: str, backend: str, seconds: int) -> Stage:
 
 # What pip does needs setuptools >= 77, which reads the licence; the module itself needs CMake alone.
 BUILD = f"""
+only=$({PYTHON} -c 'import torch; print("-DCMAKE_CUDA_ARCHITECTURES=%d%d-real" % torch.cuda.get_device_capability())')
+export CMAKE_ARGS="$only $CMAKE_ARGS"
 {PYTHON} -m pip install -q --no-build-isolation --no-deps -e . && echo built by pip && exit
 echo pip could not, so by cmake:
 cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE={PYTHON} -DEVAD_OUTPUT_DIRECTORY=$PWD/evad_kernels $CMAKE_ARGS &&
@@ -184,10 +187,12 @@ STAGES = {
         )
     },
     # Every op in a process of its own: what breaks one does not hide another; Triton's cache is warm after it.
+    # Attention has some 25 kernels a dtype, which a process compiles one by one.
     **{
-        f"{backend}-{op}": Stage([PYTHON, "tests/gpu_cases.py", backend, op], 150, beside)
+        "-".join((backend, op, *dtype)): Stage([PYTHON, "tests/gpu_cases.py", backend, op, *dtype], 150, beside)
         for backend, beside in (("triton", "build"), ("cuda", "tests"))
         for op in itertools.chain.from_iterable(OPS.values())
+        for dtype in (ATTENTION_DTYPES if op in OPS["keyframe_attention"] and backend == "triton" else [()])
     },
     "machine": Stage([PYTHON, "-c", DESCRIBE], 60, "tests", "evad-triton"),
     "tests-triton": Stage(pytest(10, "-m", "not slow", "-k", "triton and not any_width", *OP_TESTS), 400, "tests"),

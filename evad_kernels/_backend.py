@@ -165,8 +165,14 @@ def _passes(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> 
     """Whether ``auto`` may take kernels that are on trial; tries them where they were not tried."""
     tried = (op, backend, device, dtype)
     if tried not in _verdicts:
-        if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
-            return False  # there is none, or a graph is being captured: not now
+        if device.type == "cuda" and not torch.cuda.is_available():
+            return False
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # a trial waits for the device
+            warnings.warn(
+                f"evad_kernels: {op}: plain PyTorch is captured: call it once before, so that {backend} is tried",
+                stacklevel=4,
+            )
+            return False
         if torch._C._current_graph_task_id() != -1:
             return False  # in a backward: the trial's own would wait for this thread
         # In a thread of its own nothing of the caller's holds: no autocast, no modes, hooks or streams.

@@ -288,14 +288,16 @@ def step(case, tensors, grads=None):
     return [*([outputs] if isinstance(outputs, Tensor) else outputs), *found]
 
 
-def main(backend, *ops):
+def main(backend, *words):
+    """Runs a backend's cases, all or those of the ops and dtypes named ("bfloat16")."""
     failed = 0
-    for op in ops or _backend.IMPLEMENTED:
+    dtypes = [dtype for dtype in DTYPES if str(dtype).removeprefix("torch.") in words] or DTYPES
+    for op in [word for word in words if word in _backend.IMPLEMENTED] or _backend.IMPLEMENTED:
         if (reason := _backend.unavailable(op, backend)) is not None:
             print(f"{op}: backend {backend}: {reason}", flush=True)
             failed += reason != _backend.NOT_IMPLEMENTED  # it should run, and does not
             continue
-        for dtype, group in itertools.product(DTYPES, (hostile, forms)):
+        for dtype, group in itertools.product(dtypes, (hostile, forms)):
             for name, case in group(dtype).items():
                 if op_of(name) != op:
                     continue

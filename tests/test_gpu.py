@@ -1,13 +1,13 @@
-"""What only a GPU can show of its backends: selection in many random cases; the same bits in every run, on any stream
-and in a graph's replay, whatever the form of boxes and fill (none waits for the host); boxes of any kind on any grid;
-memory that grows with the number of tokens.
+"""What only a GPU can show of its backends: that they pass their trial; selection in many random cases; the same bits
+in every run, on any stream and in a graph's replay, whatever the form of boxes and fill (none waits for the host);
+boxes of any kind on any grid; memory that grows with the number of tokens.
 """
 
 import gpu_cases
 import pytest
 import torch
 
-from evad_kernels import _backend, keyframe_attention, keyframe_attention_topk, select_tokens, use_backend
+from evad_kernels import _backend, _trial, keyframe_attention, keyframe_attention_topk, select_tokens, use_backend
 from evad_kernels.testing import assert_accurate, gradients
 from evad_kernels.token_selection import select_tokens_reference
 
@@ -35,6 +35,12 @@ every_case = pytest.mark.parametrize("name", gpu_cases.cases(B=1, N=112))
 
 def same(these, those):
     return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kernels_pass_their_trial(kernels, op, dtype):
+    assert _trial.failure(op, torch.device("cuda", 0), dtype) is None
 
 
 @every_case
