@@ -83,7 +83,7 @@ class Compiled:
     def detect(self, clips: Tensor | Sequence[Tensor], threshold: float | None = None) -> list[Detections]:
         """``EVAD.detect`` of the clips: those of ``score`` whose person score reaches the threshold."""
         threshold = self.model.config.person_threshold if threshold is None else threshold
-        return select_detections(self.score(clips), [self.clip_shape[-2:]] * len(clips), threshold)
+        return select_detections(self.score(clips), [self.clip_shape[-2:]] * len(clips), threshold, else_all=False)
 
     def run(self, clips: Tensor | Sequence[Tensor]) -> tuple[EVADOutput, Scored]:
         """What a call and ``score`` give, at once."""

@@ -198,14 +198,14 @@ class EVAD(nn.Module):
         threshold: float | None = None,
         boxes: Tensor | Sequence[Tensor] | None = None,
     ) -> list[Detections]:
-        """Detect actors: ``forward`` in evaluation mode, then ``select_detections``.
+        """Detect actors: ``forward`` in evaluation mode, then ``select_detections`` of those who reach the threshold.
 
         Args:
             clips: As for ``forward``.
             threshold: Least person score, in [0, 1]; None for ``config.person_threshold``.
             boxes: As for ``forward``; all of them are kept.
         Returns:
-            One ``Detections`` a clip, in its own pixels.
+            One ``Detections`` a clip, in its own pixels; empty where nobody reaches the threshold.
         Raises:
             ValueError, TypeError: as ``forward``.
         """
@@ -216,7 +216,8 @@ class EVAD(nn.Module):
         finally:
             self.train(training)
         sizes = [tuple(clip.shape[-2:]) for clip in clips]
-        return select_detections(output, sizes, self.config.person_threshold if threshold is None else threshold)
+        threshold = self.config.person_threshold if threshold is None else threshold
+        return select_detections(output, sizes, threshold, else_all=False)
 
     def compiled(
         self,
@@ -327,15 +328,15 @@ def score_detections(output: EVADOutput, sizes: Sequence[tuple[int, int]]) -> Sc
 
 
 def select_detections(
-    output: EVADOutput | Scored, sizes: Sequence[tuple[int, int]], threshold: float = 0.7
+    output: EVADOutput | Scored, sizes: Sequence[tuple[int, int]], threshold: float = 0.7, *, else_all: bool = True
 ) -> list[Detections]:
     """Turn raw predictions into detections; waits for the device once.
 
     Args:
         output: Predictions for B clips, or their scores.
         sizes: Height and width of each clip, pixels, without padding; scores have theirs already.
-        threshold: Least person score, in [0, 1]. Where no box of a clip reaches it, all are kept. One of score 0, which
-            pads given boxes, never is.
+        threshold: Least person score, in [0, 1]. A box of score 0, which pads given boxes, is never kept.
+        else_all: Keep all boxes of a clip where none reaches the threshold, as the released evaluation does.
     Returns:
         One ``Detections`` a clip, rows in the order of the proposals.
     Raises:
@@ -344,7 +345,8 @@ def select_detections(
     scored = score_detections(output, sizes) if isinstance(output, EVADOutput) else output
     possible = scored.person_scores > 0
     keep = possible & (scored.person_scores >= threshold)
-    keep = keep | (possible & ~keep.any(dim=1, keepdim=True))
+    if else_all:
+        keep = keep | (possible & ~keep.any(dim=1, keepdim=True))
     detections = []
     for clip, mask in zip(zip(*scored, strict=True), keep.cpu(), strict=True):
         rows = mask.nonzero()[:, 0].to(keep.device, non_blocking=True)

@@ -170,7 +170,7 @@ class LiveReader:
 class ClipDetections(NamedTuple):
     """A clip's detections, on the CPU."""
 
-    detections: Detections  # boxes in pixels of the clip
+    detections: Detections  # of all where nobody reaches the threshold; boxes in pixels of the clip
     size: tuple[int, int]  # its height and width
     tokens: list[int]  # kept after each pruning layer
     seconds: float  # this clip's share of its batch's time

@@ -148,19 +148,21 @@ def test_detect_is_repeatable(short_video, tmp_path, capfd):
 
 
 def test_detect_equals_the_library(short_video, tmp_path, capfd, checkpoint):
-    """The CSV holds what EVAD.detect gives for the clip around the keyframe, scaled to the picture."""
+    """The CSV holds what the released evaluation scores of the clip around the keyframe, scaled to the picture."""
+    from evad import select_detections
     from evad.checkpoint import load_checkpoint, read_config
     from evad.video import read_clip, resize
 
     arguments = ("--start", "1", "--end", "1.5", "--no-video", "--device", "cpu", "--out", tmp_path)
     status, _, err = run(capfd, "detect", short_video, "--checkpoint", checkpoint, *arguments)
     assert status == 0 and "random" not in err
-    model = EVAD(read_config(checkpoint))
+    model = EVAD(read_config(checkpoint)).eval()
     load_checkpoint(model, checkpoint)
     with Video(short_video) as video:
         clip = read_clip(video, 1.0, prepare=lambda frame: resize(frame.rgb(), 96))
     pixels = normalize(clip.samples)
-    found = model.detect([pixels])[0]
+    with torch.no_grad():
+        found = select_detections(model([pixels]), [pixels.shape[-2:]])[0]
     rows = list(csv.reader((tmp_path / "two seconds.detections.csv").open()))
     assert len(rows) == found.action_scores.numel() and {row[1] for row in rows} == {"0001"}
     scale = torch.tensor([pixels.shape[3], pixels.shape[2]] * 2)

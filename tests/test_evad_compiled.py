@@ -78,7 +78,7 @@ def test_engines_of_torch_compile(engine):
     detector = model.compiled(clips.shape[1:], 2, engine=engine)
     with torch.no_grad():
         assert_close(detector(clips), model(clips), atol=2e-4, rtol=1e-4)
-    for actual, expected in zip(detector.detect(clips), model.detect(clips), strict=True):
+    for actual, expected in zip(detector.detect(clips, 0.0), model.detect(clips, 0.0), strict=True):
         assert_close(actual, expected, atol=5e-3, rtol=0)
 
 

@@ -192,8 +192,8 @@ def test_detections_match_golden(golden, token_order):
     threshold = json.loads(str(weights["config_json"]))["MODEL"]["SparseRCNN"]["PERSON_THRESHOLD"]
     assert model.config.person_threshold == threshold
     clips = golden_clip(values)
-    (detections,) = model.detect(clips)
     height, width = clips.shape[-2:]
+    (detections,) = select_detections(model(clips), [(height, width)], threshold)
     original_height, original_width = values["clip0_meta"][:2].tolist()
     boxes = detections.boxes / torch.tensor([width, height] * 2)
     assert_close(boxes, values["out_boxes"][:, 1:], atol=5e-3 / height, rtol=0)
@@ -435,6 +435,8 @@ def test_selects_detections():
     assert_close(first.action_scores, torch.full((2, 4), 0.5))
     assert second.boxes.tolist() == [[0, 2, 79, 40], [1, 2, 3, 4], [79, 50, 79, 59]]
     assert len(select_detections(output, [(48, 100), (60, 80)], threshold=0.9)[0].boxes) == 1
+    first, second = select_detections(output, [(48, 100), (60, 80)], else_all=False)
+    assert (len(first.boxes), len(second.boxes)) == (2, 0)
     with pytest.raises(ValueError, match="EVAD: sizes must be one a clip, got 1 for 2 clips"):
         select_detections(output, [(48, 100)])
 
@@ -448,9 +450,18 @@ def test_given_boxes_are_kept_and_their_padding_never():
         assert all((some.person_scores == 1).all() for some in found)
 
 
+def test_detect_finds_nobody_where_nobody_reaches_the_threshold():
+    model, clips = micro(), clip()[None]
+    for detect in (model.detect, model.compiled(clips.shape[1:]).detect):
+        (everyone,) = detect(clips, 0.0)
+        best = float(everyone.person_scores.max())
+        assert [len(part) for part in detect(clips, (best + 1) / 2)[0]] == [0, 0, 0]
+        assert len(everyone.boxes) == model.config.num_proposals and len(detect(clips, best)[0].boxes) >= 1
+
+
 def test_detect_leaves_the_mode_alone():
     model = micro(drop_path=0.9).train()
-    first, second = (model.detect(clip()[None])[0] for _ in range(2))
+    first, second = (model.detect(clip()[None], 0.0)[0] for _ in range(2))
     assert model.training and model.encoder.training
     assert torch.equal(first.boxes, second.boxes) and not first.boxes.requires_grad
 
