@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from evad import EVADConfig, ava, data
 from evad.data import Synthetic, synthetic
 from evad.data.clips import prepare_boxes
+from evad.data.media import find
 from evad.problems import DataError
 from evad.video import resized
 
@@ -292,6 +293,14 @@ def test_avas_own_label_maps(tmp_path, numbers):
     dataset = own(tmp_path, ["v,1,0.1,0.1,0.5,0.5,2,0"], labels=labels)
     assert dataset.labels == ava.ACTIONS and dataset.counted == ava.EVALUATED
     assert dataset[0].target["labels"][0, 1] == 1
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".MP4", ".MOV"])
+def test_endings_of_videos_may_be_capitals(tmp_path, ending):
+    path = tmp_path / f"party.1{ending}"
+    path.touch()
+    assert find(tmp_path, "party.1") == find(tmp_path, path.name) == path
+    assert find(tmp_path, "party") is None
 
 
 def test_wrong_paths(tmp_path):

@@ -30,11 +30,11 @@ class Sampling(NamedTuple):
 
 
 def find(root: Path, video: str) -> Path | None:
-    """A folder ``video`` within ``root``, or a file of that name with the ending of a video."""
+    """A folder ``video`` within ``root``, or a file of that name with a video's ending (small or capitals)."""
     path = root / video
     if path.is_dir() or (path.is_file() and path.suffix.lower() in VIDEOS):
         return path
-    files = (path.with_name(path.name + suffix) for suffix in VIDEOS)
+    files = (path.with_name(path.name + ending) for suffix in VIDEOS for ending in (suffix, suffix.upper()))
     return next((file for file in files if file.is_file()), None)
 
 
