@@ -460,6 +460,18 @@ def test_demo(tmp_path, capfd):
             assert picture.width > 400
 
 
+def test_demo_without_pruning_and_decoder(tmp_path, capfd):
+    """Tokens are counted where no layer drops any; what a model does not give is left out."""
+    path = tmp_path / "linear.safetensors"
+    save_checkpoint(EVAD(EVADConfig.tiny(decoder_depth=0)), path)
+    words = ("--checkpoint", path, "--keep-rate", "1", "--device", "cpu", "--out", tmp_path / "demo")
+    status, out, err = run(capfd, "demo", *words)
+    assert status == 0, err
+    tokens = PRESET.num_frames // PRESET.tubelet_size * (PRESET.short_side // PRESET.patch_size) ** 2
+    assert re.search(rf"patch embedding +{tokens} +100%", out)
+    assert "demo.annotated.mp4" in out and "what people attend to" not in out
+
+
 # What cannot be done: one line on stderr, exit status 2
 
 

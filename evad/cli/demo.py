@@ -20,7 +20,7 @@ from ..data.scene import Scene, random_scene
 from ..video import Video, VideoWriter
 from ..weights import TINY
 from ._common import Built, add_model_arguments, build, read_labels, say, writable_folder
-from .detect import Result, detect
+from .detect import detect
 from .visualize import look, write
 
 DESCRIPTION = """\
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(document, indent=2))
     else:
-        _print(document, built, found)
+        _print(document, built, pruning.total)
     return 0
 
 
@@ -119,7 +119,8 @@ def _cost(built: Built, pruning: draw.Pruning) -> list[dict]:
     ]
 
 
-def _print(document: dict, built: Built, found: Result) -> None:
+def _print(document: dict, built: Built, total: int) -> None:
+    """Tables; ``total`` is how many tokens a clip has."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -143,7 +144,6 @@ def _print(document: dict, built: Built, found: Result) -> None:
         console.print(f"[yellow]{built.note}[/]\n")
 
     tokens = table("Tokens of one clip", "after", "tokens", "of all")
-    total = document["tokens"][0]["of"] if document["tokens"] else 0
     tokens.add_row("patch embedding", str(total), "100%")
     for layer in document["tokens"]:
         tokens.add_row(layer["layer"], str(layer["kept"]), f"{layer['kept'] / total:.0%}")
@@ -183,4 +183,5 @@ def _print(document: dict, built: Built, found: Result) -> None:
         "json": "detections",
     }
     for name, title in titles.items():
-        console.print(f"{title:<25} {document['files'][name]}", soft_wrap=True)
+        if name in document["files"]:
+            console.print(f"{title:<25} {document['files'][name]}", soft_wrap=True)
