@@ -87,21 +87,21 @@ class LiveReader:
     Args:
         video: Open.
         sampler: What cuts the clips.
-        end: Seconds after which to stop.
+        end: The last frame's time, seconds; clips go on for the sampler's tail.
         frames: How many of the latest frames are held for ``take_frames``; older ones are dropped.
 
     Attributes:
         clips, dropped_clips: Clips so far, and those that a newer one replaced before they were taken.
-        dropped_frames: Frames that were not taken in time.
+        came, dropped_frames: Frames so far, and those that were held but not taken in time.
         ended: Whether the source has ended; a clip and frames may still wait.
     """
 
     def __init__(self, video: Video, sampler: ClipSampler, end: float = math.inf, frames: int = 0):
-        self.clips = self.dropped_clips = self.dropped_frames = 0
+        self.clips = self.dropped_clips = self.came = self.dropped_frames = 0
         self.ended = False
         self._error: BaseException | None = None
         self._newest: tuple[Clip, float] | None = None
-        self._came: deque[tuple[float, float]] = deque()  # a frame's time, and the clock then
+        self._clock: deque[tuple[float, float]] = deque()  # a frame's time, and the clock then
         self._frames: deque[Frame] = deque()
         self._most = frames
         self._changed = threading.Condition()
@@ -133,10 +133,10 @@ class LiveReader:
     def _run(self, video: Video, sampler: ClipSampler, end: float) -> None:
         try:
             for frame in video.frames():
-                if self._closed or frame.time > end:
+                if self._closed or frame.time > end + sampler.tail:
                     break
-                self._came.append((frame.time, time.perf_counter()))
-                self._give(sampler.push(frame), frame)
+                self._clock.append((frame.time, time.perf_counter()))
+                self._give(sampler.push(frame), frame if frame.time <= end else None)
                 self._seen(sampler.next_time)
             if not self._closed:
                 self._give(sampler.finish(), None)
@@ -154,17 +154,19 @@ class LiveReader:
                 self.dropped_clips += self._newest is not None
                 self._newest = clip, self._seen(clip.time)
                 self._changed.notify()
-            if frame is not None and self._most:
-                self._frames.append(frame)
+            if frame is not None:
+                self.came += 1
+                if self._most:
+                    self._frames.append(frame)
                 if len(self._frames) > self._most:
                     self._frames.popleft()
                     self.dropped_frames += 1
 
     def _seen(self, at: float) -> float:
         """When the frame shown at a time came; those before it are forgotten."""
-        while len(self._came) > 1 and self._came[1][0] <= at + ROUNDING:
-            self._came.popleft()
-        return self._came[0][1]
+        while len(self._clock) > 1 and self._clock[1][0] <= at + ROUNDING:
+            self._clock.popleft()
+        return self._clock[0][1]
 
 
 class ClipDetections(NamedTuple):

@@ -124,8 +124,8 @@ class FakeFrame:
         self.time = time
 
 
-def sampler(every=0.2):
-    return ClipSampler(every, num_frames=4, stride=2, fps=25.0, prepare=lambda frame: frame)
+def sampler(every=0.2, **span):
+    return ClipSampler(every, num_frames=4, stride=2, fps=25.0, prepare=lambda frame: frame, **span)
 
 
 # In order
@@ -183,12 +183,20 @@ def test_newest_clip_wins_and_the_dropped_are_counted():
         if len(taken) % 3 == 0:
             assert len(reader.take_frames()) <= 10
     last = reader.take(0)
-    assert reader.clips == 50 == len(taken) + (last is not None) + reader.dropped_clips
+    assert reader.came == 250 and reader.clips == 50 == len(taken) + (last is not None) + reader.dropped_clips
     assert reader.dropped_clips > 10 and reader.dropped_frames > 10 and taken == sorted(taken)
     assert most < 60  # of 250: 10 held, a clip taken, one waiting, those open
     reader.close()
     del reader, last
     gc.collect()
+
+
+def test_frames_after_the_end_complete_clips_and_do_not_count():
+    reader = LiveReader(FakeVideo(60), sampler(last=1.0), 1.0, frames=100)
+    reader._thread.join()
+    frames = reader.take_frames()
+    assert (len(frames), reader.came, reader.dropped_frames) == (26, 26, 0) and frames[-1].time == 1.0
+    assert reader.clips == 6
 
 
 @pytest.mark.parametrize("every", [0.04, 0.2, 1.0])
@@ -202,7 +210,7 @@ def test_age_counts_from_when_the_keyframe_came(every):
             frame = round(clip.time / TICK)
             assert video.came[frame] <= seen <= [*video.came, time.perf_counter()][frame + 1]
             ages.append(time.perf_counter() - seen)
-            assert len(reader._came) <= 10  # however long the next keyframe is away
+            assert len(reader._clock) <= 10  # however long the next keyframe is away
     assert len(ages) >= 2 and min(ages[:-1]) >= 2 * TICK / 4  # the last ones were complete when the source ended
     reader.close()
 
@@ -218,6 +226,7 @@ def test_pipe_of_a_fast_writer(tmp_path, capfd, slow_model):
     times = [keyframe["time"] for keyframe in document["keyframes"]]
     assert document["dropped_keyframes"] > 0
     assert len(times) + document["dropped_keyframes"] == 40
+    assert (document["frames"], document["dropped_frames"]) == (500, 0)
     assert times == sorted(times) and times[-1] == 19.5
     assert "dropped to stay up to date" in capfd.readouterr().err
 

@@ -403,15 +403,17 @@ def detect(
                 write(waiting.popleft())
 
         def newest_keyframe() -> LiveReader:
+            nonlocal frames
             held = math.ceil(video.fps * HELD_SECONDS) if annotate else 0
-            reader = LiveReader(video, sampler, end + sampler.tail, held)
+            reader = LiveReader(video, sampler, end, held)
             stack.callback(reader.close)
             while not stop.requested:
                 ended = reader.ended
                 taken = reader.take(timeout=0.1)
                 for frame in reader.take_frames():
-                    if frame.time <= end:
-                        write(frame)
+                    write(frame)
+                if writer is None:
+                    frames = reader.came
                 if taken is not None:
                     clip, seen = taken
                     for _, found in runner.submit([clip], threshold) + runner.finish():
