@@ -164,6 +164,56 @@ def test_readers_raise_what_their_thread_raised(kind):
     reader.close()
 
 
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("annotate", [False, True])
+def test_frames_that_wait_for_a_batch_are_few(tmp_path, monkeypatch, annotate, late):
+    """Whatever the batch, and where results come one batch late as on a GPU; with the results of single clips."""
+    from evad import video
+    from evad.cli import detect
+
+    alive, most, batches = set(), [], []
+
+    class Counted(video.Frame):
+        def __init__(self, *words):
+            super().__init__(*words)
+            alive.add(id(self))
+            most.append(len(alive))
+
+        def __del__(self):
+            alive.discard(id(self))
+
+    submit, flying = Runner.submit, []
+
+    def counted(runner, clips, threshold):
+        batches.append(len(clips))
+        results = submit(runner, clips, threshold)
+        if late:
+            flying.append(results)
+            results = flying.pop(0) if len(flying) > 1 else []
+        return results
+
+    documents = []
+    for batch, held in ((1, 250), (8, 60)):
+        if batch > 1:
+            monkeypatch.setattr(video, "Frame", Counted)
+            monkeypatch.setattr(detect, "ClipReader", lambda *words: ClipReader(*words[:4], 4))
+            monkeypatch.setattr(detect, "HELD_BYTES", held * 640 * 272 * 3 // 2)
+            monkeypatch.setattr(Runner, "submit", counted)
+            monkeypatch.setattr(Runner, "finish", lambda runner: flying.pop(0) if flying else [])
+        words = ["detect", str(BIKES), "--out", str(tmp_path), *TINY[: -1 if annotate else None], "--batch", str(batch)]
+        assert main(words) == 0
+        documents.append(json.loads((tmp_path / "bikes.detections.json").read_text()))
+    alone, together = documents
+    assert together["frames"] == alone["frames"] == 250
+    assert [found["time"] for found in together["keyframes"]] == [found["time"] for found in alone["keyframes"]]
+    assert sum(batches) == 10 and (max(batches) < 8 if annotate else batches == [8, 2])
+    # Those that wait, the queue's, one in each hand; a keyframe's wait until its clip is complete.
+    assert max(most) < (60 if annotate else 0) + 4 + 8
+    if annotate:
+        with Video(tmp_path / "bikes.annotated.mp4") as written:
+            assert sum(1 for _ in written.frames()) == 250
+
+
 # Live
 
 

@@ -59,6 +59,7 @@ The annotated video has no sound. Ctrl-C stops after the clip under way and leav
 
 
 HELD_SECONDS = 4.0  # of a live video's frames that wait to be written, at most
+HELD_BYTES = 2 << 30  # of a recorded video's frames that wait for their keyframe's boxes, about
 
 
 def add_parser(commands) -> None:
@@ -81,7 +82,10 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--no-video", action="store_true", help="write no annotated video")
     parser.add_argument(
-        "--batch", type=bounded(int, 1), metavar="N", help="clips at a time; frames wait for them [8 on a GPU, else 1]"
+        "--batch",
+        type=bounded(int, 1),
+        metavar="N",
+        help="clips at a time; fewer where the frames that wait for them would take 2 GiB [8 on a GPU, else 1]",
     )
     parser.add_argument(
         "--live",
@@ -246,7 +250,7 @@ class Result(NamedTuple):
     wall_seconds: float
     live: LiveReader | None  # which counts what was dropped
     interrupted: bool
-    picture: np.ndarray | None  # an annotated keyframe, about the middle
+    picture: np.ndarray | None  # an annotated keyframe, about the middle; none without an annotated video
 
 
 def detect(
@@ -308,7 +312,7 @@ def detect(
     )
     note = "" if built.weights not in ("random", "partial") else f"{built.weights} weights: this means nothing yet"
     overlay = draw.Overlay(*canvas, [], note)
-    waiting: deque[Frame] = deque()  # frames whose keyframe's boxes are not known yet
+    waiting: deque[Frame] = deque()  # to be written when their keyframe's boxes are known
     keyframes = people = frames = 0
     model_seconds, begin = 0.0, time.perf_counter()
     picture, middle = None, _middle(video, start, end)
@@ -356,6 +360,8 @@ def detect(
                 picture = overlay.on(nearest.rgb(canvas))
 
         def every_keyframe() -> None:
+            nonlocal frames
+            held = HELD_BYTES // (video.width * video.height * 3 // 2)  # 8 bits, colour at half the resolution
             ahead = min(256, max(16, math.ceil(video.fps * every * runner.batch)))
             steps = ClipReader(video, sampler, max(0.0, start - sampler.lead), end + sampler.tail, ahead)
             stack.callback(steps.close)
@@ -391,8 +397,14 @@ def detect(
                         take(runner.submit(pending, threshold), step.next_time)
                     take(runner.finish(), step.next_time)
                 elif start - ROUNDING <= step.frame.time <= end:
-                    waiting.append(step.frame)
+                    if writer is None:
+                        frames += 1
+                    else:
+                        waiting.append(step.frame)
                 write_known(step.next_time)
+                if len(waiting) > held:
+                    take(runner.submit(pending, threshold) if pending else runner.finish(), step.next_time)
+                    pending = []
                 if step.frame is not None:
                     progress(step.frame.time, keyframes, frames)
             if stop.requested:
