@@ -22,7 +22,7 @@ namespace {
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
 constexpr int kCount = static_cast<int>(std::size(kNames));
 
-#if defined(EVAD_X86)
+#if defined(EVAD_X86) && defined(EVAD_AMX)
 // The tile registers must be asked for, once a process; the kernel refuses where the machine has none.
 bool has_amx_bf16() {
 #if defined(__linux__)
@@ -36,7 +36,9 @@ bool has_amx_bf16() {
   return false;
 #endif
 }
+#endif
 
+#if defined(EVAD_X86) && defined(EVAD_AVX2)
 // Not every compiler that builds this knows the name in __builtin_cpu_supports.
 bool has_f16c() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -45,14 +47,22 @@ bool has_f16c() {
 }
 #endif
 
+// A compiler may lack what the machine has: CMakeLists.txt defines EVAD_<ISA> for what was compiled.
 Isa detect() {
-#if defined(EVAD_X86)
+#if defined(EVAD_X86) && defined(EVAD_AVX2)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return Isa::baseline;
+#if defined(EVAD_AVX512)
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return Isa::avx2;
-  return has_amx_bf16() ? Isa::amx : Isa::avx512;
+#if defined(EVAD_AMX)
+  if (has_amx_bf16()) return Isa::amx;
+#endif
+  return Isa::avx512;
+#else
+  return Isa::avx2;
+#endif
 #else
   return Isa::baseline;
 #endif

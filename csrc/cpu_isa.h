@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use: the best that this machine has, or less when asked to.
+// Which instruction set the CPU kernels use: the best that this machine has and the build too, or less when asked to.
 #pragma once
 
 #include <string>
@@ -8,6 +8,7 @@ namespace evad {
 // In order: each includes the ones before it. baseline is what the compiler targets by default.
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
+// The best for which this machine has the instructions and this build the kernels.
 Isa detected_isa();
 
 // detected_isa(), capped by set_isa_cap or, before it is called, by the environment variable EVAD_KERNELS_CPU_ISA.

@@ -23,6 +23,7 @@ from evad_kernels import (
 )
 from evad_kernels.testing import DTYPES, assert_accurate, assert_registered, gradients, layouts, on_default_device
 
+CSRC = Path(__file__).parent.parent / "csrc"
 GOLDEN = Path(__file__).parent / "golden" / "op_ktp_attention.npz"
 
 # name: (B, H, N, D, num_keyframe, num_select, keyframe_weight)
@@ -550,29 +551,45 @@ def test_isa_cap_from_the_environment():
         assert want in (run.stdout if run.returncode == 0 else run.stderr)
 
 
+def prints_cpu_isa(compiler, csrc, folder, *flags):
+    """A program in ``folder`` of the ``cpu_isa`` in ``csrc``."""
+    program = folder / "main"
+    program.with_suffix(".cpp").write_text(
+        '#include "cpu_isa.h"\n#include <cstdio>\n#include <exception>\n'
+        "int main() {\n  try { std::puts(evad::isa_name(evad::cpu_isa())); }\n"
+        "  catch (const std::exception& error) { std::puts(error.what()); }\n}\n"
+    )
+    sources = (program.with_suffix(".cpp"), csrc / "cpu_isa.cpp")
+    subprocess.run([compiler, "-std=c++17", *flags, f"-I{csrc}", *sources, "-o", program], check=True)
+    return program
+
+
+def test_detects_no_instruction_set_that_was_not_built(tmp_path):
+    """A compiler may lack what the machine has: what the module says is what runs."""
+    if (compiler := shutil.which("g++")) is None or _backend.native is None:
+        pytest.skip("no g++, or no native module to compare with")
+    environment = {k: v for k, v in os.environ.items() if k != "EVAD_KERNELS_CPU_ISA"}
+    for built in range(1 + ISAS.index(_backend.native.detected_isa())):
+        flags = [f"-DEVAD_{isa.upper()}" for isa in ISAS[1 : built + 1]]
+        program = prints_cpu_isa(compiler, CSRC, tmp_path, "-Wall", "-Werror", *flags)
+        detected = subprocess.run([program], capture_output=True, text=True, env=environment).stdout
+        assert detected.strip() == ISAS[built]
+
+
 def test_new_instruction_set_needs_its_name_and_detection(tmp_path):
     """Steps of CONTRIBUTING: a name more is accepted, chosen where it is found, and told by errors."""
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("no g++")
-    csrc = Path(__file__).parent.parent / "csrc"
     for name, old, new in (
         ("cpu_isa.h", "amx = 3 }", "amx = 3, newest = 4 }"),
         ("cpu_isa.cpp", '"amx"}', '"amx", "newest"}'),
         ("cpu_isa.cpp", "Isa detect() {", "Isa detect() {\n  if (true) return Isa::newest;"),
     ):
         file = tmp_path / name
-        text = (file if file.exists() else csrc / name).read_text()
+        text = (file if file.exists() else CSRC / name).read_text()
         assert text.count(old) == 1
         file.write_text(text.replace(old, new))
-    (tmp_path / "main.cpp").write_text(
-        '#include "cpu_isa.h"\n#include <cstdio>\n#include <exception>\n'
-        "int main() {\n  try { std::puts(evad::isa_name(evad::cpu_isa())); }\n"
-        "  catch (const std::exception& error) { std::puts(error.what()); }\n}\n"
-    )
-    program = tmp_path / "main"
-    subprocess.run(
-        [compiler, "-std=c++17", program.with_suffix(".cpp"), tmp_path / "cpu_isa.cpp", "-o", program], check=True
-    )
+    program = prints_cpu_isa(compiler, tmp_path, tmp_path)
     for asked, want in (
         (None, "newest"),
         ("newest", "newest"),

@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -404,6 +405,43 @@ def test_builds_again_only_after_a_change(tmp_path):
     with open(tmp_path / "csrc" / "parallel.h", "a") as file:
         file.write("// changed\n")
     assert builds(CXXFLAGS="-g") == 3
+
+
+def stand_in(path, script):
+    """An executable shell script that stands for a compiler."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+# The build by CMake: what a configuration says
+
+
+def configuration(folder, *arguments, **variables):
+    """What CMake says of a build in ``folder``."""
+    for tool in ("cmake", "ninja"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool}")
+    arguments = ("-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", *arguments)
+    environment = {**os.environ, **variables}
+    return run("cmake", "-S", ROOT, "-B", folder, *arguments, env=environment, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets of x86-64")
+def test_a_warning_that_the_compiler_does_not_know_costs_no_instruction_set(tmp_path):
+    if (compiler := shutil.which("c++")) is None:
+        pytest.skip("no C++ compiler")
+    like_clang = stand_in(
+        tmp_path / "c++",
+        "case $* in *-Wno-maybe-uninitialized*) echo \"warning: unknown warning option '-Wno-maybe-uninitialized'\" >&2"
+        f' ;; esac\nexec {compiler} "$@"',
+    )
+    told = [
+        re.findall(r"(AVX2|AVX512|AMX): (yes|no)", configuration(tmp_path / name, "-DEVAD_CUDA=OFF", CXX=str(path)))
+        for name, path in (("plain", compiler), ("like clang", like_clang))
+    ]
+    assert [isa for isa, _ in told[0]] == ["AVX2", "AVX512", "AMX"]
+    assert told[0] == told[1] and ("AVX2", "yes") in told[1]
 
 
 @pytest.fixture(scope="module")
