@@ -29,20 +29,20 @@ def find_compiler() -> str | None:
 
 
 def missing_compiler() -> str | None:
-    """Why there is no working C++ compiler here, or None."""
+    """Why there is no working C++17 compiler here, or None."""
     compiler = find_compiler()
     if compiler is None:
         return "no C++ compiler was found when the package was installed (looked for $CXX, c++, g++, clang++)"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <vector>\nint main() { return static_cast<int>(std::vector<int>().size()); }\n")
+        source.write_text("#include <tuple>\nint main() { auto [code] = std::tuple(0); return code; }\n")
+        command = [*compiler.split(), "-std=c++17", str(source), "-o", str(Path(folder, "probe"))]
         try:
-            subprocess.run(
-                [*compiler.split(), str(source), "-o", str(Path(folder, "probe"))], check=True, capture_output=True
-            )
+            subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             detail = getattr(error, "stderr", b"") or str(error).encode()
-            return f"the C++ compiler {compiler} could not build a program: {detail.decode(errors='replace')[-300:]}"
+            end = detail.decode(errors="replace")[-300:]
+            return f"the C++ compiler {compiler} could not build a C++17 program: {end}"
     return None
 
 

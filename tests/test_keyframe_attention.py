@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -574,6 +575,12 @@ def test_detects_no_instruction_set_that_was_not_built(tmp_path):
         program = prints_cpu_isa(compiler, CSRC, tmp_path, "-Wall", "-Werror", *flags)
         detected = subprocess.run([program], capture_output=True, text=True, env=environment).stdout
         assert detected.strip() == ISAS[built]
+
+
+def test_detection_asks_the_compiler_only_what_an_old_one_knows():
+    """GCC 8 refuses to compile __builtin_cpu_supports of a name that it does not know."""
+    asked = re.findall(r'__builtin_cpu_supports\("(\w+)"\)', (CSRC / "cpu_isa.cpp").read_text())
+    assert set(asked) == {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 
 def test_new_instruction_set_needs_its_name_and_detection(tmp_path):

@@ -414,6 +414,20 @@ def stand_in(path, script):
     return path
 
 
+def test_a_compiler_before_cpp17_is_no_compiler(tmp_path):
+    if (compiler := shutil.which("c++")) is None:
+        pytest.skip("no C++ compiler")
+    pytest.importorskip(
+        "setuptools", "77", reason="setuptools 77 or later is not installed here (pip fetches it to build)"
+    )
+    old = stand_in(
+        tmp_path / "old", f'case $* in *c++17*) echo unknown option >&2; exit 1 ;; esac\nexec {compiler} "$@"'
+    )
+    command = (sys.executable, ROOT / "setup.py", "-q", "build_ext", "--build-lib", tmp_path)
+    run(*command, env={**os.environ, "CXX": str(old)}, cwd=ROOT)
+    assert "unknown option" in (tmp_path / "evad_kernels" / "_native_missing.txt").read_text()
+
+
 # The build by CMake: what a configuration says
 
 
