@@ -42,39 +42,38 @@ const AttentionKernels& kernels(DType dtype, int64_t D) {
 // 64-byte aligned and not initialised: pages that a kernel never touches stay free.
 class Workspaces {
  public:
-  Workspaces(size_t bytes, int threads)
+  Workspaces(size_t bytes, int64_t workers)
       : stride_((bytes + 4095) / 4096 * 4096),
-        data_(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(stride_, 64) * threads))) {
+        data_(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(stride_, 64) * workers))) {
     if (!data_) throw std::bad_alloc();
   }
   ~Workspaces() { std::free(data_); }
   Workspaces(const Workspaces&) = delete;
   Workspaces& operator=(const Workspaces&) = delete;
-  char* of(int64_t thread) const { return data_ + thread * stride_; }
+  char* of(int64_t worker) const { return data_ + worker * stride_; }
 
  private:
   size_t stride_;
   char* data_;
 };
 
-// No more threads than have a million multiply-adds each: starting one costs as much. Results do not depend on it.
+// All, or one for less than a million multiply-adds: waking the others costs as much. Results do not depend on it.
 int useful_threads(const AttentionShape& s, int threads) {
-  const double share = static_cast<double>(s.B) * s.H * s.N * s.N * s.D / (1 << 20);
-  return share < threads ? static_cast<int>(share) + 1 : threads;
+  return static_cast<double>(s.B) * s.H * s.N * s.N * s.D < (1 << 20) ? 1 : threads;
 }
 
 // body(head, part, workspace, same_head) for all parts of all heads; same_head: the workspace was last used for it.
 template <class Body>
 void for_each_part(int64_t heads, int64_t parts, size_t workspace_bytes, int threads, const Body& body) {
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, heads * parts)));
-  const Workspaces workspaces(workspace_bytes, threads);
+  const int64_t workers = std::min<int64_t>(threads, heads * parts);
+  const Workspaces workspaces(workspace_bytes, workers);
   std::atomic<int64_t> next_head{0};
   std::vector<std::atomic<int64_t>> next_part(heads);
-  parallel_for(threads, threads, [&](int64_t thread) {
+  parallel_for(workers, threads, [&](int64_t worker) {
     int64_t last = -1;
     const auto finish = [&](int64_t head) {
       for (int64_t part = next_part[head]++; part < parts; part = next_part[head]++) {
-        body(head, part, workspaces.of(thread), head == last);
+        body(head, part, workspaces.of(worker), head == last);
         last = head;
       }
     };
@@ -192,9 +191,9 @@ void keep_rows(char* tokens, int64_t B, int64_t N, int64_t row_bytes, int64_t nu
                int64_t num_select, int threads) {
   // Every row moves towards the front and none overtakes another: one pass in order is safe. Threads share the columns.
   const int64_t K = num_keyframe + num_select, lines = (row_bytes + 63) / 64;
-  threads = static_cast<int>(std::min<int64_t>(threads, lines));
-  parallel_for(threads, threads, [&](int64_t thread) {
-    const int64_t begin = lines * thread / threads * 64, end = std::min(row_bytes, lines * (thread + 1) / threads * 64);
+  const int64_t workers = std::min<int64_t>(threads, lines);
+  parallel_for(workers, threads, [&](int64_t worker) {
+    const int64_t begin = lines * worker / workers * 64, end = std::min(row_bytes, lines * (worker + 1) / workers * 64);
     for (int64_t b = 0; b < B; ++b)
       for (int64_t k = 0; k < K; ++k) {
         const int64_t from = k < num_keyframe ? k : num_keyframe + index[b * num_select + k - num_keyframe];

@@ -1,5 +1,6 @@
 """What every op promises alike: bits that do not depend on threads or on the kind of call, and torch's thread count."""
 
+import json
 import os
 import subprocess
 import sys
@@ -108,30 +109,54 @@ def test_bits_do_not_depend_on_the_number_of_threads(name):
     assert all(equal(result, results[0]) for result in results[1:])
 
 
+def heads(number):
+    run, _ = attend(ek.keyframe_attention)
+    return run, [draw(1, number, 784, 32, seed=seed) for seed in range(3)]
+
+
+# Fewer tasks than threads.
+FEW_TASKS = {
+    "one head": lambda: heads(1),
+    "two heads": lambda: heads(2),
+}
+
+
 COUNT_THREADS = """
-import os, sys, time
+import json, os, sys, time
 import torch
 sys.path.insert(0, sys.argv[1])
-from test_every_op import CALLS
-calls = {name: (run, inputs) for name, (run, inputs) in ((name, call()) for name, call in CALLS.items())}
+from test_every_op import CALLS, FEW_TASKS, as_tuple
 
 def count():
     return len(os.listdir("/proc/self/task"))
 
+def steps(name):
+    run, inputs = {**CALLS, **FEW_TASKS}[name]()
+    yield "forward", lambda: run(*inputs)
+    if name != "select_tokens":
+        inputs = [x.requires_grad_() for x in inputs]
+        outputs = as_tuple(run(*inputs))
+        grads = [torch.ones_like(x) for x in outputs]
+        yield "backward", lambda: torch.autograd.grad(
+            # One head's backward is one task, which wakes no thread: it must not end those of the forward.
+            as_tuple(run(*inputs)) if name == "one head" else outputs, inputs, grads, retain_graph=True
+        )
+
 torch.set_num_threads(1)
-for run, inputs in calls.values():
-    run(*inputs)
+calls = {(name, step): call for name in (*CALLS, *FEW_TASKS) for step, call in steps(name)}
+for call in calls.values():
+    call()
 alone = count()
-for name, (run, inputs) in calls.items():
-    for threads in (3, 2, 3, 1, 2):
+for (name, step), call in calls.items():
+    for threads in (3, 2, 8, 3, 1, 2):
         torch.set_num_threads(threads)
-        run(*inputs)
+        call()
         if threads > 1:  # the pool ends threads that a team leaves out, unless the team is of one
             for _ in range(100):  # and a thread needs a moment to end
                 if count() == alone + threads - 1:
                     break
                 time.sleep(0.01)
-            print(name, threads, count() - alone + 1)
+            print(json.dumps([name, step, threads, count() - alone + 1]))
 """
 
 
@@ -143,9 +168,9 @@ def test_takes_as_many_threads_as_torch():
     environment = {**os.environ, "EVAD_KERNELS_BACKEND": "cpu"}
     command = [sys.executable, "-c", COUNT_THREADS, here]
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    lines = [line.split() for line in output.splitlines()]
-    assert len(lines) == 4 * len(CALLS)
-    assert [line for line in lines if line[1] != line[2]] == []
+    counts = [json.loads(line) for line in output.splitlines()]
+    assert len(counts) == 5 * (2 * len(CALLS) - 1 + 2 * len(FEW_TASKS))
+    assert [count for count in counts if count[2] != count[3]] == []
 
 
 @pytest.mark.parametrize("name", CALLS)
