@@ -1,7 +1,8 @@
 // roi_align_3d: one task a (panel of channels, box). roi_pool_3d: one task a (panel, 16 boxes), which takes the frames
 // one after the other: the panel of a frame about fills the first-level cache, so boxes find each other's cells there.
-// Backward: one task a (panel of channels, frame), which owns its cells and goes through the boxes in order: no sum
-// depends on the number of threads, and nothing is added atomically.
+// Backward: one task a (image, panel of channels, frame), which owns its cells and goes through the boxes in order: no
+// sum depends on the number of threads, and nothing is added atomically. All images are one task where they share the
+// gradient of a background.
 #include "roi_align_3d.h"
 
 #include <algorithm>
@@ -178,14 +179,16 @@ void roi_3d_backward(const TokenGrid<accumulate_t<T>>& grid, const RoiBoxes& box
     column_of[bin] = static_cast<int32_t>(bin % shape.ow);
   }
   const int64_t tile = bins * panel, map = frame * panel;
+  const int64_t images = grad_background ? grid.B : 1, parts = grad_background ? 1 : grid.B;  // of a task; of the batch
   parallel_for_with_workspace<F>(
-      panels * grid.T, tile + 2 * map + roi_workspace(shape, panel), threads, [&](int64_t task, F* workspace) {
-        const int64_t t = task % grid.T, begin = task / grid.T * panel, count = std::min(panel, grid.C - begin);
+      parts * panels * grid.T, tile + 2 * map + roi_workspace(shape, panel), threads, [&](int64_t task, F* workspace) {
+        const int64_t t = task % grid.T, begin = task / grid.T % panels * panel;
+        const int64_t count = std::min(panel, grid.C - begin), first = task / (grid.T * panels) * images;
         F* const grad_samples = workspace;
         F* const grad_cells = workspace + tile;
         F* const background_cells = grad_cells + map;
         if (grad_background && grid.background_per_cell) std::fill_n(background_cells, frame * count, F(0));
-        for (int64_t b = 0; b < grid.B; ++b) {
+        for (int64_t b = first; b < first + images; ++b) {
           std::fill_n(grad_cells, frame * count, F(0));
           for (int64_t i = by_image.begin[b]; i < by_image.begin[b + 1]; ++i) {
             const int64_t r = by_image.order[i];

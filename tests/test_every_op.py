@@ -114,10 +114,16 @@ def heads(number):
     return run, [draw(1, number, 784, 32, seed=seed) for seed in range(3)]
 
 
-# Fewer tasks than threads.
+def one_panel_of_one_frame():
+    position, corners = torch.arange(49).expand(4, -1), torch.tensor([[[5.0, 7.0, 60.0, 80.0]] * 4] * 4)
+    return lambda tokens: ek.roi_align_3d(tokens, position, corners, grid=(1, 7, 7)), [draw(4, 49, 16, seed=0)]
+
+
+# Fewer tasks than threads; or one, were it not cut by images.
 FEW_TASKS = {
     "one head": lambda: heads(1),
     "two heads": lambda: heads(2),
+    "one panel of one frame": one_panel_of_one_frame,
 }
 
 
