@@ -512,6 +512,7 @@ struct BackwardRows {
   __m512 factor;  // scale * log2(e)
   int parts;      // of 32 query rows
   bool first;     // the first rows of the head: grad_key and grad_value start from zero
+  bool has_output;  // else grad_output is zero, and a product of zero and NaN is not wanted
   static constexpr int kStride = kQueries * 2, kLow = kBlock * kStride;
 
   // Of 32 keys and 32 queries.
@@ -527,6 +528,7 @@ struct BackwardRows {
   void products(int64_t n, int part) const {
     const int64_t stride = 64 * slices;
     logits(n, part);
+    if (!has_output) return;  // w.grad_probability stays zero
     zero_2x2();
     for (int64_t k = 0; k < slices; ++k)
       dot_2x2(w.value + n * kBlock * stride + 64 * k, stride, w.grad_output + (part * slices + k) * 2 * kTileBytes);
@@ -652,6 +654,8 @@ struct BackwardRows {
   }
 
   void run() const {
+    if (!has_output)
+      for (int64_t i = 0; i < kBlockValues; ++i) w.grad_probability[i] = 0;
     exact_shifts();
     row_terms();
     for (int64_t n = 0; n * kBlock < N; ++n) {
@@ -660,7 +664,7 @@ struct BackwardRows {
         split_grad_logits(n, part);
       }
       const int64_t at = n * slices * kBlockValues;
-      add_product(w.probability, w.grad_output_pairs, w.grad_value + at);
+      if (has_output) add_product(w.probability, w.grad_output_pairs, w.grad_value + at);
       add_product(w.grad_logit, w.query_pairs, w.grad_key + at);
       add_grad_query(n);
     }
@@ -696,15 +700,16 @@ void write_grad_query(const BackwardWorkspace& w, int part, const AttentionBackw
               static_cast<uint16_t*>(t.grad_query) + t.row[begin + i] * t.grad_query_stride);
 }
 
+// sum null: zeros.
 void write_grad(const float* sum, float factor, const AttentionBackwardTask& t, void* to, int64_t stride) {
   const int64_t slices = round_up(t.D, 32) / 32;
   for (int64_t j = 0; j < t.N; ++j) {
     __m512 row[16];
     for (int64_t k = 0; k < slices; ++k)
       for (int half = 0; half < 2; ++half)
-        row[2 * k + half] = t.R == 0 ? _mm512_setzero_ps()
-                                     : _mm512_load_ps(sum + (j / kBlock * slices + k) * kBlockValues +
-                                                      j % kBlock * kBlock + 16 * half);
+        row[2 * k + half] = sum ? _mm512_load_ps(sum + (j / kBlock * slices + k) * kBlockValues + j % kBlock * kBlock +
+                                                 16 * half)
+                                : _mm512_setzero_ps();
     write_row(row, _mm512_set1_ps(factor), t.D, static_cast<uint16_t*>(to) + j * stride);
   }
 }
@@ -752,15 +757,16 @@ void backward(const AttentionBackwardTask& t, char* workspace) {
       gather(t.query, t.query_stride, t.D, t.row + r, t.R - r, w.rows);
       pack_transposed(gathered, 0, w.query + at);
       pack_pairs(gathered, 0, w.query_pairs + at);
-      gather(t.grad_output, t.grad_output_stride, t.D, t.slot + r, t.grad_output ? t.R - r : 0, w.rows);
+      if (!t.grad_output) continue;
+      gather(t.grad_output, t.grad_output_stride, t.D, t.slot + r, t.R - r, w.rows);
       pack_transposed(gathered, 0, w.grad_output + at);
       pack_pairs(gathered, 0, w.grad_output_pairs + at);
     }
-    BackwardRows{w, t.N, slices, _mm512_set1_ps(factor), parts, begin == 0}.run();
+    BackwardRows{w, t.N, slices, _mm512_set1_ps(factor), parts, begin == 0, t.grad_output != nullptr}.run();
     for (int part = 0; part < parts; ++part) write_grad_query(w, part, t, begin + part * kBlock);
   }
-  write_grad(w.grad_key, static_cast<float>(t.scale), t, t.grad_key, t.grad_key_stride);
-  write_grad(w.grad_value, 1.0f, t, t.grad_value, t.grad_value_stride);
+  write_grad(t.R > 0 ? w.grad_key : nullptr, static_cast<float>(t.scale), t, t.grad_key, t.grad_key_stride);
+  write_grad(t.R > 0 && t.grad_output ? w.grad_value : nullptr, 1.0f, t, t.grad_value, t.grad_value_stride);
 }
 
 size_t backward_workspace(int64_t N, int64_t D) { return BackwardWorkspace(nullptr, N, D).bytes; }

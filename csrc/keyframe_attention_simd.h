@@ -494,7 +494,10 @@ void backward(const AttentionBackwardTask& t, char* workspace) {
     for (int64_t r = 0; r < kBlock; ++r) maxima[r] = splat(-static_cast<C>(__builtin_inf()));
     block_logits<true>(w.query, w.key, t.N, t.D, static_cast<C>(t.scale * kLog2E), w.pad, w.last_pad, w.logits,
                           stride, maxima);
-    block_logits<false>(w.grad_output, w.value, t.N, t.D, C(1), w.pad, w.pad, w.grad, stride, nullptr);
+    if (t.grad_output)
+      block_logits<false>(w.grad_output, w.value, t.N, t.D, C(1), w.pad, w.pad, w.grad, stride, nullptr);
+    else  // a product of zero and NaN is not wanted
+      for (int64_t i = 0; i < kBlock * stride; i += kWidth<C>) store(w.grad + i, Vector<C>{});
 
     for (int64_t r = 0; r < count; ++r) {
       C *p = w.logits + r * stride, *grad = w.grad + r * stride;

@@ -542,6 +542,21 @@ def test_key_of_minus_infinite_logits_receives_nothing(kernels, dtype):
         assert importance.isfinite().all() and importance[1 - num_keyframe] == 0
 
 
+@all_kernels_and_dtypes
+def test_importance_alone_leaves_the_value_out(kernels, dtype):
+    """No output arrives, so a NaN in a query reaches no gradient of the value, and one in the value none at all."""
+    for argument in (0, 2):
+        inputs, _, keywords = make("70 x 128", dtype)
+        inputs[argument][0, 0, 33, 7] = torch.nan
+        keywords.pop("num_select")
+        leaves = [x.requires_grad_() for x in inputs]
+        importance = keyframe_attention(*leaves, **keywords).importance
+        grad_query, grad_key, grad_value = torch.autograd.grad(importance[:, ::2].sum(), leaves)
+        assert torch.equal(grad_value, torch.zeros_like(grad_value))
+        assert (grad_query.isnan().any() and grad_key.isnan().all()) == (argument == 0)
+        assert not grad_query[0, 0, :33].isnan().any()
+
+
 def test_isa_cap_from_the_environment():
     if _backend.native is None:
         pytest.skip(f"backend cpu: {_backend.MISSING['cpu']}")
