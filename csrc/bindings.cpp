@@ -365,6 +365,11 @@ PYBIND11_MODULE(_native, m) {
 #if defined(EVAD_BUILD_DIGEST)
   m.attr("build_digest") = EVAD_BUILD_DIGEST;  // setup.py does not build again what it finds in here
 #endif
+#if defined(_OPENMP)
+  m.attr("with_openmp") = true;
+#else
+  m.attr("with_openmp") = false;
+#endif
   bind_cpu_isa(m);
   bind_cell_map<Cpu>(m);
   bind_keyframe_attention(m);

@@ -80,6 +80,10 @@ if native is None:
         f"evad_kernels: the CPU kernels are missing: {_native_missing}. Ops run in plain PyTorch, which is slower.",
         stacklevel=2,
     )
+elif not native.with_openmp:
+    warnings.warn(
+        "evad_kernels: the CPU kernels run on one thread: they were built by a compiler without OpenMP.", stacklevel=2
+    )
 
 
 def _missing(backend: str) -> str | None:

@@ -179,6 +179,23 @@ def test_missing_native_module_is_explained_and_falls_back(tmp_path):
     assert messages == ["scatter_tokens: backend must be available, got 'cpu': no C++ compiler was found"] * 2
 
 
+@pytest.mark.parametrize("with_openmp", [True, False])
+def test_a_build_without_openmp_says_so(with_openmp):
+    warned = fresh_python(f"""
+        import json, sys, types, warnings
+        sys.modules["evad_kernels._native"] = types.SimpleNamespace(with_openmp={with_openmp}, with_cuda=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            import evad_kernels
+        print(json.dumps([str(warning.message) for warning in caught if "evad_kernels" in str(warning.message)]))
+    """)
+    assert [("run on one thread" in message) for message in warned] == [True] * (not with_openmp)
+
+
+def test_native_module_has_the_threads_that_its_import_asks_for(native):
+    assert native.with_openmp is bool(re.search(rb"GOMP_|__kmpc_", Path(native.__file__).read_bytes()))
+
+
 @pytest.mark.skipif(not _backend.INTERPRETED, reason="a CPU tensor has two kernels only where Triton interprets")
 def test_an_op_without_a_kernel_that_can_serve_says_so(monkeypatch):
     """As a backward, a compiled graph or an exported program calls it, past the choice of the public function."""
