@@ -49,7 +49,7 @@ def missing_compiler() -> str | None:
 def build_digest() -> str:
     """Of all that decides what a build gives. A module carries its own, so that one which is there already is found."""
     compiler = subprocess.run([*find_compiler().split(), "--version"], capture_output=True, check=True).stdout
-    variables = ("CMAKE_ARGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH")
+    variables = ("CMAKE_ARGS", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAARCHS", "CUDAFLAGS", "CUDA_HOME", "CUDA_PATH")
     settings = [*(os.environ.get(name, "") for name in variables), shutil.which("nvcc") or "", platform.machine()]
     sources = [Path(ROOT, path).read_bytes() for path in ("setup.py", *DEPENDS)]
     return hashlib.sha256(b"\0".join([compiler, *map(os.fsencode, (*settings, *DEPENDS)), *sources])).hexdigest()

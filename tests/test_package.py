@@ -422,6 +422,7 @@ def test_builds_again_only_after_a_change(tmp_path):
     with open(tmp_path / "csrc" / "parallel.h", "a") as file:
         file.write("// changed\n")
     assert builds(CXXFLAGS="-g") == 3
+    assert builds(CXXFLAGS="-g", CUDAARCHS="80") == 4
 
 
 def stand_in(path, script):
@@ -473,6 +474,29 @@ def test_a_warning_that_the_compiler_does_not_know_costs_no_instruction_set(tmp_
     ]
     assert [isa for isa, _ in told[0]] == ["AVX2", "AVX512", "AMX"]
     assert told[0] == told[1] and ("AVX2", "yes") in told[1]
+
+
+def configuration_with_nvcc(folder, release, **variables):
+    """What CMake says where nvcc is of ``release``, and knows sm_90 from 11.8 on."""
+    if (nvcc := shutil.which("nvcc")) is None:
+        pytest.skip("no nvcc")
+    folder.mkdir()
+    script = f"case $* in --version) echo Cuda compilation tools, release {release}, V{release}.1; exit ;; esac\n"
+    if release < "11.8":
+        script += "case $* in *_90*) echo Unsupported gpu architecture >&2; exit 1 ;; esac\n"
+    compiler = stand_in(folder / "nvcc", f'{script}exec {nvcc} "$@"')
+    return configuration(folder / "build", "-DEVAD_CUDA=ON", CUDACXX=str(compiler), **variables)
+
+
+def test_an_nvcc_too_old_for_the_gpus_is_left_alone(tmp_path):
+    told = configuration_with_nvcc(tmp_path / "old", "11.5", CUDAARCHS="")
+    assert re.search(r"nvcc 11\.5 .* 11\.8", told) and "architectures" not in told
+
+
+def test_architectures_of_the_environment(tmp_path):
+    """An older nvcc serves GPUs that it knows."""
+    assert "architectures 80\n" in configuration_with_nvcc(tmp_path / "old", "11.5", CUDAARCHS="80")
+    assert "architectures 80-real;90\n" in configuration_with_nvcc(tmp_path / "new", "11.8", CUDAARCHS="")
 
 
 @pytest.fixture(scope="module")
