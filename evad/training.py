@@ -407,7 +407,9 @@ class Trainer:
         for name, then, current in differences:
             if self.rank == 0:
                 warnings.warn(f"{self.folder}: resumed with {name} = {current!r}, was {then!r}", stacklevel=3)
-        # Loading fills in the optimizer's state by a step that must not change anything.
+        # Loading fills in the optimizer's state by a step that must not change anything; it takes the groups' settings,
+        # too, where this run's hold.
+        settings = [{**group} for group in self.optimizer.param_groups]
         options = StateDictOptions(full_state_dict=True)
         set_state_dict(
             self.model,
@@ -416,6 +418,8 @@ class Trainer:
             optim_state_dict=state["optimizer"],
             options=options,
         )
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group |= own | {"params": group["params"]}
         return state["step"]
 
 

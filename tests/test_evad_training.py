@@ -367,6 +367,22 @@ def test_stopped_goes_on(tmp_path):
     assert done.started_at == 6 and done.weights.read_bytes() == expected.weights.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "change", [{"weight_decay": 0.3}, {"betas": [0.5, 0.6]}, {"head_learning_rate_scale": 3.0}], ids=str
+)
+def test_resumed_with_other_settings_learns_by_them(change, tmp_path):
+    fit(tmp_path, micro_run(epochs=1))
+    with pytest.warns(UserWarning, match=f"resumed with training.{next(iter(change))}"):
+        resumed = Trainer(micro_run(epochs=2, **change), Clips(), tmp_path)
+    fresh = Trainer(micro_run(epochs=2, **change), Clips(), tmp_path / "fresh")
+    assert resumed.started_at == 3
+    groups = [
+        [{key: value for key, value in group.items() if key != "params"} for group in trainer.optimizer.param_groups]
+        for trainer in (resumed, fresh)
+    ]
+    assert groups[0] == groups[1]
+
+
 def test_evaluation_missed_by_a_kill_is_made(tmp_path):
     def killed(model):
         raise KeyboardInterrupt
