@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from .config import EVADConfig
 
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "state.pt", "sha256.json"
 FULL = 1 << 20  # bytes; a disk with less is full
-_NAME = "step_????????*"
+_NAME = re.compile(r"step_([0-9]{8,})")
 
 
 class TrainingError(RuntimeError):
@@ -127,8 +128,12 @@ def read_snapshot(folder: Path) -> Snapshot | None:
 
 
 def snapshots(folder: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(folder.glob(_NAME), key=lambda path: int(path.name.removeprefix("step_")))
+    """Oldest first; what is called otherwise, such as a copy, is none."""
+    return sorted((path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def last_good(folder: Path) -> str:

@@ -421,6 +421,17 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(name, damage, trained, t
     assert result.started_at == 5 and result.weights.read_bytes() == weights
 
 
+def test_copies_beside_checkpoints_are_left_alone(tmp_path):
+    fit(tmp_path, micro_run(epochs=1, keep_checkpoints=1))
+    kept = tmp_path / "checkpoints" / "step_00000003"
+    copies = [kept.with_name(f"{kept.name}{end}") for end in ("_best", "_1", ".bak", " copy")]
+    for copy in copies:
+        shutil.copytree(kept, copy)
+    assert fit(tmp_path, micro_run(epochs=2, keep_checkpoints=1)).started_at == 3
+    assert fit(tmp_path, micro_run(epochs=2, keep_checkpoints=1)).started_at == 6
+    assert all((copy / "state.pt").exists() for copy in copies)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run's folder, and its weights."""
