@@ -27,6 +27,7 @@ from torch import Tensor
 from .checkpoint import write_weights
 from .config import EVADConfig
 
+CHECKPOINTS = "checkpoints"  # in a run's folder, the folder of its snapshots
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "state.pt", "sha256.json"
 FULL = 1 << 20  # bytes; a disk with less is full
 _NAME = re.compile(r"step_([0-9]{8,})")
@@ -86,7 +87,8 @@ def write_snapshot(
 
 
 def claim(folder: Path) -> IO:
-    """Make the folder this process's for as long as it lives and the returned file is open.
+    """Make a run's folder this process's for as long as it lives and the returned file is open, and clear
+    what a run that was killed there left; nothing further down, where other runs may be.
 
     Raises:
         ValueError: another process has it: a run that was not killed, or not yet.
@@ -98,7 +100,7 @@ def claim(folder: Path) -> IO:
     except BlockingIOError as error:
         file.close()
         raise ValueError(f"{folder} is in use by another process that trains") from error
-    for left in list(folder.rglob(".step_*")):  # by a run that was killed as it wrote or deleted
+    for left in list((folder / CHECKPOINTS).glob(".step_*")):  # by a run that was killed as it wrote or deleted
         shutil.rmtree(left, ignore_errors=True)
     return file
 

@@ -42,7 +42,7 @@ from .evaluation import evaluate
 from .losses import Counts, count
 from .profile import bfloat16_is_slow
 from .recipe import Run, Training, adamw, learning_rate
-from .snapshots import TrainingError, claim, is_full, last_good, read_snapshot, snapshots, write_snapshot
+from .snapshots import CHECKPOINTS, TrainingError, claim, is_full, last_good, read_snapshot, snapshots, write_snapshot
 
 Evaluate = Callable[[EVAD], dict[str, float]]
 
@@ -133,7 +133,7 @@ class Trainer:
         self.run, self.config, self.training = run, run.config, run.training
         self.dataset, self.evaluate, self.labels = dataset, evaluate, tuple(dataset.labels)
         self.folder, self.device = Path(folder), torch.device(device)
-        self.snapshots = self.folder / "checkpoints"
+        self.snapshots = self.folder / CHECKPOINTS
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         parts = self.world * self.training.accumulate
         if self.config.batch_size % parts:

@@ -351,6 +351,13 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
     assert [path.name for path in tmp_path.rglob(".*")] == [".lock"]
 
 
+def test_what_a_run_further_down_writes_is_not_cleared(tmp_path):
+    draft = tmp_path / "other" / "checkpoints" / ".step_00000001.draft"
+    draft.mkdir(parents=True)
+    Trainer(micro_run(), Clips(), tmp_path)
+    assert draft.exists()
+
+
 def test_stopped_goes_on(tmp_path):
     expected = fit(tmp_path / "whole")
     steps = []
