@@ -53,7 +53,8 @@ def write_snapshot(
     *,
     keep: int,
 ) -> Path:
-    """Write a snapshot, then delete all but the ``keep`` newest.
+    """Write a snapshot, then delete those of later steps (a run that comes to this one starts before them, as they are
+    damaged), and all but the ``keep`` newest.
 
     Raises:
         TrainingError: it cannot be written, for want of space, say; those that exist are untouched.
@@ -81,8 +82,10 @@ def write_snapshot(
         raise TrainingError(
             f"the checkpoint of step {step} cannot be written: {reason}; {last_good(folder)}"
         ) from error
-    for old in snapshots(folder)[:-keep]:
-        _delete(old)
+    paths = snapshots(folder)
+    newest = paths.index(path)
+    for other in (*paths[newest + 1 :], *paths[: newest + 1][:-keep]):
+        _delete(other)
     return path
 
 

@@ -428,6 +428,21 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(name, damage, trained, t
     assert result.started_at == 5 and result.weights.read_bytes() == weights
 
 
+def test_damaged_checkpoints_ahead_cost_no_good_one(tmp_path):
+    fit(tmp_path, micro_run(epochs=1))
+    folder = tmp_path / "checkpoints"
+    for path in snapshots(folder)[1:]:
+        (path / "state.pt").write_bytes(b"")
+    after = []
+    run = micro_run(epochs=1, keep_checkpoints=1)
+    with pytest.warns(UserWarning, match="damaged"):
+        trainer = Trainer(run, Clips(), tmp_path)
+    assert trainer.started_at == 1
+    trainer.fit(stop=lambda: after.append([path.name for path in snapshots(folder)]))
+    assert after == [["step_00000001", "step_00000002", "step_00000003"], ["step_00000002"]]
+    assert [path.name for path in snapshots(folder)] == ["step_00000003"] and read_snapshot(folder).state["step"] == 3
+
+
 def test_copies_beside_checkpoints_are_left_alone(tmp_path):
     fit(tmp_path, micro_run(epochs=1, keep_checkpoints=1))
     kept = tmp_path / "checkpoints" / "step_00000003"
