@@ -148,8 +148,12 @@ def read_run(source: str | Path | Mapping, overrides: Iterable[str] = ()) -> Run
             )
         section = sections[name]
         *parents, key = key.split(".")
-        for parent in parents:
-            section[parent] = {**section.get(parent, {})}
+        for depth, parent in enumerate(parents, start=1):
+            inner = section.get(parent)
+            if not isinstance(inner, Mapping | None):
+                above = ".".join((name, *parents[:depth]))
+                raise ValueError(f"--set: {above} must be keys and values to set {path}, got {inner!r}")
+            section[parent] = {**(inner or {})}
             section = section[parent]
         try:
             section[key] = yaml.safe_load(text)

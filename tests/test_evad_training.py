@@ -165,6 +165,7 @@ def test_overrides():
     run = read_run("synthetic", ["training.epochs=3", "model.keep_rate=0.6", "data.val.clips=7", "model.preset=vit_b"])
     assert (run.config.epochs, run.config.keep_rate, run.config.width) == (3, 0.6, 768)
     assert run.data["val"] == {"clips": 7} and run.data["train"] == read_run("synthetic").data["train"]
+    assert read_run({"data": {"train": None}}, ["data.train.clips=4"]).data == {"train": {"clips": 4}}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,13 @@ def test_overrides():
         ({"training": {"betas": [0.9]}}, [], "betas must be two numbers"),
         ({}, ["epochs=3"], "--set: must be section.key=value"),
         ({}, ["training.epochs=[3"], "--set: the value of training.epochs must be YAML"),
+        (
+            {"training": {"betas": [0.9, 0.98]}},
+            ["training.betas.0=0.8"],
+            r"--set: training.betas must be keys and values to set training.betas.0, got \[0.9, 0.98\]",
+        ),
+        ({"data": {"name": "x"}}, ["data.name.a.b=1"], "--set: data.name must be keys .* set data.name.a.b, got 'x'"),
+        ({"data": {"val": {"clips": 0}}}, ["data.val.clips.x=1"], "--set: data.val.clips must be keys .* got 0"),
         ({}, ["training.epoch=3"], "training.epoch is no key; did you mean training.epochs"),
     ],
 )
@@ -746,6 +754,7 @@ def test_command_trains_and_goes_on(tmp_path, capfd, monkeypatch):
         (["--set", "model.num_classes=3"], "model.num_classes must be 8, as the data has, got 3"),
         (["--set", "data.name=nothing"], "data: name must be one of"),
         (["--set", "data.clip=1"], "'clip' is no option of synthetic"),
+        (["--set", "training.betas.0=0.8"], "--set: training.betas must be keys and values"),
         (["--set", "data.train=3"], "data: train must be options of that split, got 3"),
         (["--set", "data.seed=-1"], "data: seed must be a whole number of at least 0, got -1"),
         (["--set", "data.num_frames=8"], "data: num_frames must be the model's 16, got 8"),
