@@ -10,6 +10,7 @@ namespace evad {
 namespace {
 
 constexpr int64_t kChannels = 64;
+constexpr int64_t kSumsPerThread = 262144;  // some 100 us: less is not worth waking the threads once more
 
 // sum[c] = the sum over i in [0, count) of channel begin + c of row first + i*step, where that cell was dropped.
 template <class T>
@@ -53,11 +54,16 @@ void scatter_tokens_backward_fill(const T* grad_dense, const int32_t* slot, bool
     }
   });
   if (fill_per_cell) return;
-  for (int64_t c = 0; c < C; ++c) {
-    double sum = 0;
-    for (int64_t run = 0; run < runs; ++run) sum += partial[run * C + c];
-    grad_fill[c] = round(sum);
-  }
+  parallel_for(
+      (C + kChannels - 1) / kChannels, threads,
+      [&](int64_t block) {
+        const int64_t begin = block * kChannels, channels = std::min(kChannels, C - begin);
+        double sum[kChannels] = {};
+        for (int64_t run = 0; run < runs; ++run)
+          for (int64_t c = 0; c < channels; ++c) sum[c] += partial[run * C + begin + c];
+        std::transform(sum, sum + channels, grad_fill + begin, round);
+      },
+      kSumsPerThread / (runs * kChannels + 1));
 }
 
 #define EVAD_INSTANTIATE(T)                                                                                    \
