@@ -215,6 +215,9 @@ def test_build():
     assert (len(train), len(val), val.seed) == (10, 4, 3)
     assert val[0].clip.shape == (3, 8, 48, 48)
     assert data.build(section | {"short_side": 32}, "val", config)[0].clip.shape == (3, 8, 32, 32)
+    for split in ("test", "minival"):
+        assert len(data.build(section | {split: {"clips": 5}}, split)) == 5
+    assert len(data.build(section | {"test": {"clips": 5}}, "train")) == 10
 
 
 @pytest.mark.parametrize(
@@ -224,6 +227,10 @@ def test_build():
         ({"name": "synthetik"}, "synthetik"),
         ({"name": "synthetic", "clps": 3}, "'clps' is no option of synthetic, which has clips"),
         ({"name": "synthetic", "clips": 0}, "at least 1"),
+        (
+            {"name": "synthetic", "valid": {"clips": 50}},
+            "options of one split must be under train, val, test, got 'valid': {'clips': 50}",
+        ),
     ],
 )
 def test_build_rejects(section, message):

@@ -21,7 +21,7 @@ from .sample import Batch, Sample, collate
 from .synthetic import Synthetic
 from .tubes import read_tubes
 
-__all__ = ["DATASETS", "Batch", "Clips", "Sample", "Synthetic", "build", "collate"]
+__all__ = ["DATASETS", "SPLITS", "Batch", "Clips", "Sample", "Synthetic", "build", "collate"]
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "synthetic": Synthetic,
@@ -31,6 +31,8 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "jhmdb": read_tubes,
 }
 
+SPLITS = ("train", "val", "test")  # and any other that is asked for by its name
+
 _CLIP = ("num_frames", "frame_stride", "frame_rate", "pixel_mean", "pixel_std")  # a model's, wherever it is used
 
 
@@ -39,13 +41,14 @@ def build(section: Mapping, split: str, config: EVADConfig | None = None) -> Dat
 
     Args:
         section: ``{"name": one of DATASETS, ...}``: the rest are that dataset's options. A mapping under the name of a
-            split holds options of that split only: ``{"name": "synthetic", "val": {"clips": 400}}``.
+            split (one of ``SPLITS``, or ``split`` itself) holds options of that split only:
+            ``{"name": "synthetic", "val": {"clips": 400}}``.
         split: "train", "val", or what else the dataset has.
         config: The model's: its clip (number, stride and rate of frames, normalisation), and its short side where
             ``section`` says nothing.
     Raises:
-        ValueError: an unknown name or option, a value that the dataset refuses, or another clip than the model's; the
-            message names it.
+        ValueError: an unknown name, option or split, a value that the dataset refuses, or another clip than the
+            model's; the message names it.
     """
     options = split_options(section, split)
     name = options.pop("name", None)
@@ -68,10 +71,18 @@ def build(section: Mapping, split: str, config: EVADConfig | None = None) -> Dat
 
 
 def split_options(section: Mapping, split: str) -> dict:
-    """The options of ``section`` that hold for a split."""
+    """The options of ``section`` that hold for a split.
+
+    Raises:
+        ValueError: options under a name that is no split's, or something else than options under the split's.
+    """
     own = section.get(split, {})
     if not isinstance(own, Mapping):
         raise DataError(f"data: {split} must be options of that split, got {own!r}")
+    splits = dict.fromkeys((*SPLITS, split))
+    for name, value in section.items():
+        if isinstance(value, Mapping) and name not in splits:
+            raise DataError(f"data: options of one split must be under {', '.join(splits)}, got {name!r}: {value!r}")
     return {key: value for key, value in section.items() if not isinstance(value, Mapping)} | own
 
 
