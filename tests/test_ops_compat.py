@@ -173,15 +173,16 @@ def test_moves_a_detector_of_torchvision_over(monkeypatch):
 
 
 @pytest.mark.parametrize("sampling_ratio", [2, -1])
-def test_the_same_bits_in_every_run(sampling_ratio):
-    boxes = torch.tensor(BOXES).repeat(20, 1)
-    upstream, threads, runs = torch.randn(120, 16, 3, 3), torch.get_num_threads(), []
-    features = torch.randn(2, 16, 24, 30)
+@pytest.mark.parametrize("C", [16, 256])
+def test_the_same_bits_in_every_run(sampling_ratio, C):
+    boxes = torch.tensor(BOXES).repeat(10, 1) * torch.tensor([1, 1.5, 1.5, 1.5, 1.5])
+    upstream, threads, runs = torch.randn(60, C, 7, 7), torch.get_num_threads(), []
+    features = torch.randn(2, C, 40, 40)
     try:
-        for number in (1, 2, 2, 3):
+        for number in (1, 2, 2, 2, 3):
             torch.set_num_threads(number)
             leaf = features.clone().requires_grad_()
-            result = roi_align(leaf, boxes, 3, sampling_ratio=sampling_ratio)
+            result = roi_align(leaf, boxes, 7, sampling_ratio=sampling_ratio)
             runs.append((result.detach(), *torch.autograd.grad(result, leaf, upstream)))
     finally:
         torch.set_num_threads(threads)
