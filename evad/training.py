@@ -384,17 +384,16 @@ class Trainer:
         state, now = snapshot.state, json.loads(json.dumps(self.run.document()))
         defaults = json.loads(json.dumps(Run(EVADConfig(), Training(), {}, frozenset()).document()))
         before = {name: defaults[name] | section for name, section in json.loads(state["run"]).items()}  # of older code
-        differences = [
-            (f"{section}.{key}", then.get(key), now[section].get(key))
-            for section, then in before.items()
-            for key in sorted({*then, *now[section]})
-            if then.get(key) != now[section].get(key)
-        ]
+        differences, of_evaluation = (
+            _differences(*(_settings(document, split, self.config) for document in (before, now)))
+            for split in ("train", "val")
+        )
+        of_evaluation = [difference for difference in of_evaluation if difference not in differences]
         if state["epoch_steps"] != self.epoch_steps:
             differences.append(("data: steps an epoch", state["epoch_steps"], self.epoch_steps))
         for name, then, current in differences:
-            # A run that stopped at a bad clip may go on without it: what came before is the same.
-            changeable = name.startswith("training.") or name == "data.on_error"
+            # A run that stopped at a bad clip may go on without it: what came before is the same. Files may have moved.
+            changeable = name.startswith("training.") or name in ("data.on_error", "data.media")
             if not changeable or name == "training.batch_size":
                 raise ValueError(
                     f"{self.folder} holds a run with {name} = {then!r}, not {current!r}: another folder begins anew"
@@ -404,6 +403,7 @@ class Trainer:
                 f"{self.folder} holds a run after {state['step'] / self.epoch_steps:.4g} epochs, more than "
                 f"training.epochs = {self.config.epochs}: another folder begins anew"
             )
+        differences += [(name.replace("data.", "data.val."), *values) for name, *values in of_evaluation]
         for name, then, current in differences:
             if self.rank == 0:
                 warnings.warn(f"{self.folder}: resumed with {name} = {current!r}, was {then!r}", stacklevel=3)
@@ -421,6 +421,17 @@ class Trainer:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group |= own | {"params": group["params"]}
         return state["step"]
+
+
+def _settings(document: dict, split: str, config: EVADConfig) -> dict[str, object]:
+    """A run's settings by "section.key", every default in its place; of its data those that hold for a split."""
+    sections = document | {"data": json.loads(json.dumps(data.settings(document["data"], split, config)))}
+    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+
+
+def _differences(then: dict, now: dict) -> list[tuple[str, object, object]]:
+    """Names, with both values."""
+    return [(name, then.get(name), now.get(name)) for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
 
 
 class Pace:

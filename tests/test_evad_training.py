@@ -513,6 +513,47 @@ def test_a_run_that_stopped_at_a_bad_clip_goes_on_without_it(tmp_path):
         assert fit(tmp_path, again._replace(data={**again.data, "on_error": "skip"})).started_at == 3
 
 
+def _with_data(epochs, data):
+    return micro_run(epochs=epochs)._replace(data=data)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "said"),
+    [
+        ({"media": "a"}, {"media": "b"}, ["data.media = 'b', was 'a'"]),
+        ({"train": {"media": "a"}}, {"train": {"media": "b"}}, ["data.media = 'b', was 'a'"]),
+        ({}, {"train": {"on_error": "skip"}}, ["data.on_error = 'skip', was None"]),
+        ({"name": "csv"}, {"name": "csv", "train": {"on_error": "skip"}}, ["data.on_error = 'skip', was 'fail'"]),
+        ({"name": "csv"}, {"name": "csv", "flip": 0.5, "train": {"seed": 0}, "val": {"short_side": 96}}, []),
+        ({"name": "synthetic"}, {"name": "synthetic", "fresh": True, "train": {"size": None}}, []),
+        ({"clips": 4, "val": {"clips": 2}}, {"clips": 4, "val": {"clips": 3}}, ["data.val.clips = 3, was 2"]),
+        ({"valid": {"clips": 2}, "clips": 4}, {"val": {"clips": 2}, "clips": 4}, ["data.val.clips = 2, was 4"]),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_data_that_is_the_same_to_it(then, now, said, tmp_path):
+    fit(tmp_path, _with_data(1, then))
+    with pytest.warns(UserWarning, match="resumed with") as warned:
+        assert Trainer(_with_data(2, now), Clips(), tmp_path).started_at == 3
+    messages = [str(warning.message).partition("resumed with ")[2] for warning in warned]
+    assert [message for message in messages if message.startswith("data.")] == said
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ({"name": "csv"}, {"name": "csv", "flip": 0}, "data.flip = 0.5, not 0: another folder"),
+        ({"train": {"clips": 4}}, {"train": {"clips": 5}}, "data.clips = 4, not 5: another folder"),
+        ({"clips": 4}, {"clips": 5, "train": {"clips": 4}, "media": "a", "seed": 1}, "data.seed = None, not 1"),
+    ],
+    ids=str,
+)
+def test_another_datas_folder_is_refused(then, now, message, tmp_path):
+    fit(tmp_path, _with_data(1, then))
+    with pytest.raises(ValueError, match=f"holds a run with {message}"):
+        Trainer(_with_data(2, now), Clips(), tmp_path)
+
+
 def test_folder_in_use_is_refused(tmp_path):
     trainer = Trainer(micro_run(), Clips(), tmp_path)
     child = os.fork()

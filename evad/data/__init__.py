@@ -70,6 +70,16 @@ def build(section: Mapping, split: str, config: EVADConfig | None = None) -> Dat
     return DATASETS[name](split, **options)
 
 
+def settings(section: Mapping, split: str, config: EVADConfig) -> dict:
+    """What ``build`` makes of a section: the options that hold for a split, and what the others then are. Unchecked."""
+    options = _of_split(section, split)
+    name = options.get("name")
+    known = _options(DATASETS[name]) if name in DATASETS else {}
+    defaults = {key: parameter.default for key, parameter in known.items() if parameter.default is not parameter.empty}
+    models = {field: getattr(config, field) for field in ("short_side", *_CLIP) if field in known}
+    return defaults | models | options
+
+
 def split_options(section: Mapping, split: str) -> dict:
     """The options of ``section`` that hold for a split.
 
@@ -83,7 +93,11 @@ def split_options(section: Mapping, split: str) -> dict:
     for name, value in section.items():
         if isinstance(value, Mapping) and name not in splits:
             raise DataError(f"data: options of one split must be under {', '.join(splits)}, got {name!r}: {value!r}")
-    return {key: value for key, value in section.items() if not isinstance(value, Mapping)} | own
+    return _of_split(section, split)
+
+
+def _of_split(section: Mapping, split: str) -> dict:
+    return {key: value for key, value in section.items() if not isinstance(value, Mapping)} | section.get(split, {})
 
 
 def _options(make: Callable[..., Dataset]) -> dict[str, inspect.Parameter]:
