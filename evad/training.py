@@ -111,13 +111,14 @@ class Trainer:
         run: What to compute.
         dataset: Map-style; items are ``evad.data.Sample``. Its ``set_epoch``, if any, is called before every epoch.
         folder: Receives ``checkpoints/``, ``log.csv`` (one row every ``log_every`` steps), ``evaluation.csv``,
-            ``tensorboard/`` if that package is there, and at the end ``model.safetensors``.
+            ``tensorboard/`` if that package is there, and at the end ``model.safetensors``. All ranks read it, rank 0
+            writes: on several machines, one that they share.
         device: Of this rank.
         evaluate: Called after an epoch, on every rank, with the model in evaluation mode; returns named numbers, which
             rank 0 logs.
     Raises:
-        ValueError: a batch that cannot be divided as asked; a folder that another process trains in, or that holds a
-            run of another model or data.
+        ValueError: a batch that cannot be divided as asked; a folder that another process trains in, that holds a run
+            of another model or data, or that not all ranks find at the same step.
         TrainingError: a folder whose checkpoints are all damaged.
     """
 
@@ -333,6 +334,19 @@ class Trainer:
         dist.all_reduce(flags)
         return flags.item() > 0
 
+    def _agree(self, step: int) -> None:
+        """Raise a ValueError, on every rank, where not all begin after the same step."""
+        if self.world == 1:
+            return
+        steps = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(steps, torch.tensor([step], device=self.device))
+        ranks = {}
+        for rank, other in enumerate(torch.cat(steps).tolist()):
+            ranks.setdefault(other, []).append(str(rank))
+        if len(ranks) > 1:
+            found = "; ".join(f"after step {other} on rank {', '.join(ranks[other])}" for other in sorted(ranks))
+            raise ValueError(f"{self.folder}: must be one folder that all ranks share, but they begin {found}")
+
     def _evaluate(self, epochs: int) -> None:
         """If an evaluation is due after this many epochs, and has not been made."""
         every = self.training.evaluate_every
@@ -379,6 +393,7 @@ class Trainer:
     def _resume(self) -> int:
         """Take over the newest good checkpoint, if there is one; returns the step it was written after."""
         snapshot = read_snapshot(self.snapshots)
+        self._agree(snapshot.state["step"] if snapshot else 0)
         if snapshot is None:
             return 0
         state, now = snapshot.state, json.loads(json.dumps(self.run.document()))

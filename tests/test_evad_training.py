@@ -705,6 +705,34 @@ def test_two_processes_equal_one(tmp_path):
         assert (tmp_path / sharding / "evaluation.csv").read_text() == "step,epochs,rate\n3,1,0.7\n"
 
 
+def begin_apart(folder):
+    """Two ranks, each in a folder of its own: the first finds a checkpoint there. Writes down what each raises."""
+    torch.set_num_threads(1)
+    folder, children = Path(folder), []
+    fit(folder / "0", micro_run(epochs=1))
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            store = f"file://{folder}/store"
+            torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+            try:
+                Trainer(micro_run(), Clips(), folder / str(rank))
+            except ValueError as error:
+                (folder / f"{rank}.txt").write_text(str(error))
+            torch.distributed.destroy_process_group()
+            os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+
+def test_ranks_that_begin_at_different_steps_are_refused(tmp_path):
+    python("t.begin_apart(*sys.argv[1:])", tmp_path)
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.txt").read_text() == (
+            f"{tmp_path / str(rank)}: must be one folder that all ranks share, but they begin after step 0 on rank 1; "
+            "after step 3 on rank 0"
+        )
+
+
 def test_a_rank_that_stops_tells_why_and_the_other_does_not(tmp_path):
     """One of four clips cannot be read, so one of two processes stops; the other has waited for it in a sum."""
     rows = []
