@@ -284,8 +284,7 @@ class Trainer:
         counts = torch.tensor(counts, dtype=torch.float64).sum(0).to(self.device, torch.float32)
         if self.world > 1:
             dist.all_reduce(counts)
-        clips, boxes, matched = counts / self.world
-        return Counts(*(number / len(parts) for number in (clips, boxes.clamp(min=1), matched)))
+        return Counts(*(counts / self.world / len(parts)))
 
     def _check(self, losses: dict[str, float], norm: float) -> None:
         bad = [name for name, value in losses.items() if not np.isfinite(value)]

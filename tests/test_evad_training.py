@@ -90,6 +90,14 @@ class Clips(torch.utils.data.Dataset):
         return Sample(clip, {"boxes": torch.cat([corner, corner + 12], dim=1), "labels": labels}, (str(index), 0.0))
 
 
+class OneBox(Clips):
+    """A single box in all clips: its batch has fewer than ranks, the others none."""
+
+    def __getitem__(self, index):
+        clip, target, key = super().__getitem__(index)
+        return Sample(clip, {name: value[: index == 1] for name, value in target.items()}, key)
+
+
 def micro_run(model=(), **training):
     return read_run({"model": {**MICRO, **dict(model)}, "training": {**TRAINING, **training}})
 
@@ -664,8 +672,8 @@ SHARDINGS = ("ddp", "fsdp")
 
 
 def divide(folder):
-    """Train alone and, for each of SHARDINGS, in two processes that share every batch; then go on alone with all. All
-    in float64."""
+    """Train alone and, for each of SHARDINGS, in two processes that share every batch; then go on alone with all. Also
+    alone and in two with ``OneBox``. All in float64."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     folder, model = Path(folder), {"drop_path": 0.0}
@@ -678,9 +686,11 @@ def divide(folder):
             for sharding in SHARDINGS:
                 run = micro_run(model, sharding=sharding, epochs=1, accumulate=2, checkpoint_every=0)
                 fit(folder / sharding, run, evaluate=lambda model: {"rate": model.config.keep_rate})
+            fit(folder / "ddp, one box", micro_run(model, epochs=1, accumulate=2), OneBox())
             torch.distributed.destroy_process_group()
             os._exit(0)
     fit(folder / "alone", micro_run(model, epochs=1))
+    fit(folder / "alone, one box", micro_run(model, epochs=1), OneBox())
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     for name in ("alone", *SHARDINGS):
         shutil.copytree(folder / name, folder / f"{name}, then alone")
@@ -692,17 +702,21 @@ def test_two_processes_equal_one(tmp_path):
     alone = read_snapshot(tmp_path / "alone" / "checkpoints").weights
     start = EVAD(micro_run().config).state_dict()
     assert all((alone[name] - start[name]).abs().max() > 1e-4 for name in start if name.endswith("weight"))
-    log = [line.split(",")[:-1] for line in (tmp_path / "alone" / "log.csv").read_text().splitlines()[1:]]
+    log = logged(tmp_path / "alone")
     for sharding in SHARDINGS:
         # float64: all that differs is the order of sums; Adam divides by its epsilon of 1e-8 at worst.
         assert_close(read_snapshot(tmp_path / sharding / "checkpoints").weights, alone, atol=1e-8, rtol=0)
         longer = (tmp_path / f"{name}, then alone" / "checkpoints" for name in (sharding, "alone"))
         assert_close(*(read_snapshot(path).weights for path in longer), atol=1e-8, rtol=0)
-        rows = [line.split(",")[:-1] for line in (tmp_path / sharding / "log.csv").read_text().splitlines()[1:]]
-        assert_close(
-            *(torch.tensor([[float(x) for x in row] for row in table]) for table in (rows, log)), atol=0, rtol=1e-6
-        )
+        assert_close(logged(tmp_path / sharding), log, atol=0, rtol=1e-6)
         assert (tmp_path / sharding / "evaluation.csv").read_text() == "step,epochs,rate\n3,1,0.7\n"
+    assert_close(*(logged(tmp_path / f"{name}, one box") for name in ("ddp", "alone")), atol=0, rtol=1e-6)
+
+
+def logged(folder):
+    """The numbers of a run's log, but for the speed."""
+    lines = (folder / "log.csv").read_text().splitlines()[1:]
+    return torch.tensor([[float(number) for number in line.split(",")[:-1]] for line in lines])
 
 
 def begin_apart(folder):
