@@ -454,6 +454,7 @@ def configuration(folder, *arguments, **variables):
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool}")
+    pytest.importorskip("pybind11")
     arguments = ("-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", *arguments)
     environment = {**os.environ, **variables}
     return run("cmake", "-S", ROOT, "-B", folder, *arguments, env=environment, stderr=subprocess.STDOUT)
