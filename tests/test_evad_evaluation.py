@@ -14,6 +14,7 @@ from evad.detector import EVADOutput
 from evad.evaluation import (
     STRICT,
     Boxes,
+    ScoredBoxes,
     average_precision,
     collect,
     evaluate,
@@ -122,6 +123,35 @@ def test_equals_a_plain_loop(order):
             total = (truth.label == label).sum()
             expected = sum(max(precision[i:]) for i in range(len(hits)) if hits[i]) / total
             assert found[number, label - 1] == pytest.approx(expected, abs=1e-12)
+
+
+def as_rows(found):
+    """Each box with each class, box by box."""
+    number, classes = found.scores.shape
+    return Boxes(
+        found.image.repeat(classes),
+        np.tile(np.arange(1, classes + 1), number),
+        found.box.repeat(classes, 0),
+        found.scores.ravel().astype(np.float64),
+    )
+
+
+@pytest.mark.parametrize("match_order", ["file", "score"])
+def test_boxes_with_a_score_for_each_class_count_as_their_rows(match_order):
+    """Also with equal scores around the fiftieth of an image, excluded images and boxes of no width."""
+    rng = np.random.default_rng(1)
+    truth, some = random_boxes(rng, 200, 12, 7), random_boxes(rng, 400, 14, 1)
+    person = rng.integers(200, size=300)
+    some.box[:300], some.image[:300] = truth.box[person] + rng.normal(0, 0.02, (300, 4)), truth.image[person]
+    some.box[5, 2] = some.box[5, 0]
+    found = ScoredBoxes(some.image, some.box, (rng.integers(20, size=(400, 6)) / 20).astype(np.float32))
+    expected, actual = (
+        evaluate_ava(those, truth, [6, 2, 3, 7], excluded=[4], match_order=match_order)
+        for those in (as_rows(found), found)
+    )
+    assert expected.mean > 0.01 and expected.detections[3] == 0
+    for one, other in zip(expected, actual, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
@@ -254,6 +284,33 @@ def test_clips_that_cannot_be_read_do_not_count():
     assert score(found).summary() == pytest.approx(score(whole[1:]).summary(), nan_ok=True)
     with pytest.raises(DataError, match="has no clip that can be read"):
         evaluate(model, Broken("val", clips=1))
+
+
+def evaluate_a_share(rank, folder):
+    """One of two ranks: scores five clips, then one that cannot be read; writes down what it is told."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = EVAD(EVADConfig.tiny(num_classes=8))
+    dataset = data.Synthetic("val", clips=5)
+    told = [len(collect(model, dataset)), evaluate(model, dataset).summary()]
+    try:
+        evaluate(model, Broken("val", clips=1))
+    except DataError as error:
+        told.append(str(error))
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_know_the_scores_of_one(tmp_path):
+    torch.multiprocessing.spawn(evaluate_a_share, (tmp_path,), nprocs=2)
+    torch.manual_seed(0)
+    alone = evaluate(EVAD(EVADConfig.tiny(num_classes=8)), data.Synthetic("val", clips=5)).summary()
+    for rank, collected in enumerate((5, 0)):
+        number, told, error = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert number == collected
+        assert told == pytest.approx(alone, nan_ok=True, abs=1e-5)
+        assert error == "the dataset has no clip that can be read"
 
 
 def test_given_boxes_in_place_of_localisation(tmp_path):

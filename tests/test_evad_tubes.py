@@ -12,7 +12,7 @@ from evad import EVAD, EVADConfig, data
 from evad.checkpoint import save_checkpoint
 from evad.cli import main
 from evad.data.tubes import Tube, read_annotations
-from evad.evaluation import Boxes, Linking, average_precision, evaluate, evaluate_tubes
+from evad.evaluation import Boxes, Linking, ScoredBoxes, average_precision, evaluate, evaluate_tubes
 from evad.evaluation.average_precision import iou, trapezoids
 from evad.evaluation.tubes import link, tube_iou
 from evad.problems import DataError
@@ -410,6 +410,21 @@ def test_rejects_a_video_without_a_size(tmp_path):
     changes = {"gttubes": {"swing/b": {1: [pixels([1], RIGHT)]}}, "resolution": {"swing/b": (60, 80)}}
     with pytest.raises(DataError, match="run/a: the annotations must have its resolution"):
         scores_of(tmp_path, [("swing/b", 1, 2, RIGHT, 0.9)], **changes)
+
+
+def test_frames_with_a_score_for_each_class_count_as_their_rows(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "GT.pkl").write_bytes(pickle.dumps(contents(test_videos=[["run/a", "swing/b"]], train_videos=[[]])))
+    truth = read_annotations(tmp_path / "GT.pkl")
+    keys = [(video, float(frame)) for video in ("run/a", "elsewhere", "swing/b") for frame in range(1, 9)]
+    images = {key: number for number, key in enumerate(keys)}
+    box = np.array([LEFT, RIGHT] * len(keys)) + rng.normal(0, 0.01, (2 * len(keys), 4))
+    found = ScoredBoxes(np.arange(len(keys)).repeat(2), box, rng.random((len(box), 2)))
+    rows = Boxes(found.image.repeat(2), np.tile([1, 2], len(box)), found.box.repeat(2, 0), found.scores.ravel())
+    expected, actual = (evaluate_tubes(some, images, truth, 1, SHORT) for some in (rows, found))
+    assert expected.mean > 0 and np.nanmax(expected.video_ap) > 0
+    for one, other in zip(expected, actual, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_nothing_found_scores_nothing(tmp_path):

@@ -139,9 +139,10 @@ def run(args: argparse.Namespace) -> int:
     folder = writable_folder(args.out)
     baseline = _baseline(args.baseline)
     with ranks() as (rank, _):
-        document, title = _score_files(args) if files else _score_model(args, section, folder, rank)
-        if rank:
+        scored = _score_files(args) if files else _score_model(args, section, folder, rank)
+        if scored is None:
             return 0
+        document, title = scored
         from ..evaluation.report import print_table, write_report
 
         written = write_report(document, folder, baseline)
@@ -222,7 +223,8 @@ def _tube_rule(protocol: str, fold: int) -> dict:
     return {"protocol": protocol, "fold": fold, "rule": RULES["tubes"], "linking": Linking()._asdict()}
 
 
-def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: int) -> tuple[dict, str]:
+def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: int) -> tuple[dict, str] | None:
+    """Document and title; None on ranks other than 0, which only do their share of the clips."""
     from torch.utils.data import Subset
 
     from .. import data
@@ -268,10 +270,11 @@ def _score_model(args: argparse.Namespace, section: dict, folder: Path, rank: in
             progress=progress,
         )
     seconds = time.perf_counter() - begin
+    if rank:
+        return None
     metrics = score(results, match_order=args.match_order, classes=classes.counted, tubes=tubes)
-    if not rank:
-        _remark_people(args.boxes, people, results)
-        _write_detections(results, folder / "detections.csv")
+    _remark_people(args.boxes, people, results)
+    _write_detections(results, folder / "detections.csv")
     document = {
         **(_ava_rule(args.match_order) if tubes is None else _tube_rule(args.protocol, tubes.fold)),
         "data": args.data,

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(recipe.configurations()))
         return 0
     device = _device(args)
-    with ranks("nccl" if device.type == "cuda" else "gloo") as (rank, _), _spoken_warnings(rank):
+    with ranks("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo") as (rank, _), _spoken_warnings(rank):
         first = rank == 0
         try:
             plan = recipe.read_run(args.config, args.overrides)

@@ -1,7 +1,7 @@
 """Evaluation: average precision by the published protocols, and scoring a model on a dataset."""
 
 from .ava import EVALUATED, AvaScores, evaluate_ava, read_boxes
-from .average_precision import STRICT, Boxes, average_precision
+from .average_precision import STRICT, Boxes, ScoredBoxes, average_precision
 from .model import Metrics, collect, evaluate, read_people, score
 from .tubes import Linking, TubeScores, evaluate_tubes
 
@@ -12,6 +12,7 @@ __all__ = [
     "Boxes",
     "Linking",
     "Metrics",
+    "ScoredBoxes",
     "TubeScores",
     "average_precision",
     "collect",

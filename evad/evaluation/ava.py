@@ -16,7 +16,7 @@ import numpy as np
 
 from ..ava import EVALUATED, read_rows
 from ..problems import Problems
-from .average_precision import STRICT, Boxes, average_precision, mean
+from .average_precision import STRICT, Boxes, ScoredBoxes, average_precision, mean
 
 CAPACITY = 50  # labelled boxes of an image that ActivityNet's script keeps
 
@@ -41,7 +41,7 @@ class AvaScores(NamedTuple):
 
 
 def evaluate_ava(
-    detections: Boxes,
+    detections: Boxes | ScoredBoxes,
     truth: Boxes,
     labels: Sequence[int] = EVALUATED,
     *,
@@ -61,26 +61,40 @@ def evaluate_ava(
     """
     if capacity is None:
         capacity = CAPACITY if match_order == "score" else 0
-    detections, truth = (
-        boxes.take(np.isin(boxes.label, labels) & ~np.isin(boxes.image, list(excluded)))
-        for boxes in (detections, truth)
-    )
+    detections, truth = (boxes.take(~np.isin(boxes.image, list(excluded))) for boxes in (detections, truth))
     if capacity:
-        detections = detections.take(_best(detections, capacity))
+        detections = _best(detections, labels, capacity)
     detections = detections.take((detections.box[:, :2] < detections.box[:, 2:]).all(1))
     ap = average_precision(detections, truth, labels, STRICT, order=match_order)
-    counts = [np.array([(boxes.label == label).sum() for label in labels]) for boxes in (truth, detections)]
+    counts = [np.array([len(boxes.of(label).image) for label in labels]) for boxes in (truth, detections)]
     return AvaScores(tuple(labels), ap[0], np.array([mean(row) for row in ap]), *counts)
 
 
-def _best(boxes: Boxes, capacity: int) -> np.ndarray:
-    """Mask of the best ``capacity`` boxes of every image; of equals the first."""
+def _best(boxes: Boxes | ScoredBoxes, labels: Sequence[int], capacity: int) -> Boxes:
+    """The best ``capacity`` labelled boxes of every image, of classes ``labels``; of equals the first."""
+    if isinstance(boxes, ScoredBoxes):
+        return _best_of_scored(boxes, labels, capacity)
+    boxes = boxes.take(np.isin(boxes.label, labels))
     order = np.lexsort((-boxes.score, boxes.image))
     image = boxes.image[order]
     rank = np.arange(len(image)) - np.searchsorted(image, image)
     keep = np.zeros(len(image), bool)
     keep[order[rank < capacity]] = True
-    return keep
+    return boxes.take(keep)
+
+
+def _best_of_scored(boxes: ScoredBoxes, labels: Sequence[int], capacity: int) -> Boxes:
+    """The same, image by image: all of their rows at a time may not fit in memory."""
+    columns = np.array(sorted({label - 1 for label in labels if 1 <= label <= boxes.scores.shape[1]}), np.int64)
+    order, kept = boxes.image.argsort(kind="stable"), [np.zeros((2, 0), np.int64)]
+    for rows in np.split(order, np.flatnonzero(np.diff(boxes.image[order])) + 1):
+        flat = (-boxes.scores[np.ix_(rows, columns)]).ravel().argsort(kind="stable")[:capacity]
+        if len(flat):
+            row, column = np.divmod(flat, len(columns))
+            kept.append(np.stack([rows[row], columns[column]]))
+    row, column = np.concatenate(kept, 1)
+    row, column = np.stack([row, column])[:, np.lexsort((column, row))]
+    return Boxes(boxes.image[row], column + 1, boxes.box[row], boxes.scores[row, column].astype(np.float64))
 
 
 def read_boxes(

@@ -5,7 +5,8 @@ class that it overlaps most, and is right if their IoU reaches the threshold and
 that one; a second-best ground truth is never tried. AP is the area under the precision-recall curve, precision made
 monotone. That of UCF101-24 and JHMDB (``second_best``, ``trapezoids``; see ``tubes``) differs in both.
 
-Detections are taken in the order given, or best score first.
+Detections are taken in the order given, or best score first. Classes are dealt with one after the other, so that what
+is in memory at a time is one class's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,33 @@ class Boxes(NamedTuple):
     def take(self, rows: np.ndarray) -> Boxes:
         """Some of them: a mask, or an index."""
         return Boxes(*(field[rows] for field in self))
+
+    def of(self, label: int) -> Boxes:
+        """Those of one class, in their order."""
+        return self.take(self.label == label)
+
+
+class ScoredBoxes(NamedTuple):
+    """Boxes of many images, each detected as every class: what a detector gives.
+
+    ``Boxes`` of the same would have a row for each class, 56 bytes a score.
+    """
+
+    image: np.ndarray  # [N] int64, which image
+    box: np.ndarray  # [N, 4] float64: x1, y1, x2, y2
+    scores: np.ndarray  # [N, classes], of classes 1, 2, ...
+
+    def take(self, rows: np.ndarray) -> ScoredBoxes:
+        """Some of them: a mask, or an index."""
+        return ScoredBoxes(*(field[rows] for field in self))
+
+    def of(self, label: int) -> Boxes:
+        """As one class: all of them, in their order; none for a class that has no scores."""
+        if not 1 <= label <= self.scores.shape[1]:
+            return Boxes(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+        return Boxes(
+            self.image, np.full(len(self.image), label), self.box, self.scores[:, label - 1].astype(np.float64)
+        )
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -111,18 +139,17 @@ def take_turns(group: np.ndarray, taker: np.ndarray, taken: np.ndarray) -> np.nd
 
 
 def best_match(detections: Boxes, truth: Boxes, overlap: Overlap = iou) -> tuple[np.ndarray, np.ndarray]:
-    """The ground truth of the same image and class that each detection overlaps most.
+    """The ground truth of the same image that each detection of a class overlaps most.
 
     Returns:
         Row in ``truth`` [N], of equals the first, -1 where there is none; and the overlap [N].
     """
-    wanted, held = _keys(detections, truth)
-    row, best = np.full(len(wanted), -1), np.zeros(len(wanted))
-    for part, number, theirs in meetings(wanted, held):
+    row, best = np.full(len(detections.image), -1), np.zeros(len(detections.image))
+    for part, number, theirs in meetings(detections.image, truth.image):
         begin = np.cumsum(number) - number
         value = overlap(np.repeat(detections.box[part], number, 0), truth.box[theirs])
         best[part] = np.maximum.reduceat(value, begin)
-        place = np.where(value == np.repeat(best[part], number), theirs, len(held))
+        place = np.where(value == np.repeat(best[part], number), theirs, len(truth.image))
         row[part] = np.minimum.reduceat(place, begin)
     return row, best
 
@@ -130,31 +157,24 @@ def best_match(detections: Boxes, truth: Boxes, overlap: Overlap = iou) -> tuple
 class Pairs(NamedTuple):
     """Detections with ground truth that they overlap: as ``take_turns`` wants them."""
 
-    group: np.ndarray  # [n] image and class
+    group: np.ndarray  # [n] image
     detection: np.ndarray  # [n]
     truth: np.ndarray  # [n]
     overlap: np.ndarray  # [n]
 
 
 def good_matches(detections: Boxes, truth: Boxes, taking: np.ndarray, least: float, overlap: Overlap = iou) -> Pairs:
-    """All pairs of one image and class that overlap by ``least``; of equals the first ground truth is wanted most.
+    """All pairs of one image, of a class, that overlap by ``least``; of equals the first ground truth is wanted most.
 
     Args:
         taking: Detections in their turn, [N].
     """
-    wanted, held = _keys(detections, truth)
-    mine, theirs, value = near(wanted, held, detections.box, truth.box, least, overlap)
+    mine, theirs, value = near(detections.image, truth.image, detections.box, truth.box, least, overlap)
     turn = np.empty(len(taking), np.int64)
     turn[taking] = np.arange(len(taking))
-    order = np.lexsort((theirs, -value, turn[mine], wanted[mine]))
-    return Pairs(*(field[order] for field in (wanted[mine], mine, theirs, value)))
-
-
-def _keys(detections: Boxes, truth: Boxes) -> tuple[np.ndarray, np.ndarray]:
-    """A number for image and class of each."""
-    labels = max(detections.label.max(initial=0), truth.label.max(initial=0)) + 1
-    wanted, held = (boxes.image * labels + boxes.label for boxes in (detections, truth))
-    return wanted, held
+    image = detections.image[mine]
+    order = np.lexsort((theirs, -value, turn[mine], image))
+    return Pairs(*(field[order] for field in (image, mine, theirs, value)))
 
 
 def area_under_curve(hits: np.ndarray, total: int) -> float:
@@ -171,7 +191,7 @@ def trapezoids(hits: np.ndarray, total: int) -> float:
 
 
 def average_precision(
-    detections: Boxes,
+    detections: Boxes | ScoredBoxes,
     truth: Boxes,
     labels: Sequence[int],
     thresholds: Sequence[float] = (0.5,),
@@ -196,24 +216,39 @@ def average_precision(
     """
     if order not in ("file", "score"):
         raise ValueError(f"average_precision: order must be 'file' or 'score', got {order!r}")
-    ranking = (-detections.score).argsort(kind="stable")
-    taking = ranking if order == "score" else np.arange(len(ranking))
-    if second_best:
-        pairs = good_matches(detections, truth, taking, min(thresholds), overlap)
-    else:
-        row, best = best_match(detections, truth, overlap)
     result = np.full((len(thresholds), len(labels)), np.nan)
-    for number, threshold in enumerate(thresholds):
-        right = np.zeros(len(ranking), bool)
-        if second_best:
-            good = Pairs(*(field[pairs.overlap >= threshold] for field in pairs))
-            right[good.detection[take_turns(good.group, good.detection, good.truth)]] = True
-        else:
-            good = taking[(best[taking] >= threshold) & (row[taking] >= 0)]
-            right[good[np.unique(row[good], return_index=True)[1]]] = True
-        for column, label in enumerate(labels):
-            total = (truth.label == label).sum()
-            if total:
-                hits = right[ranking[detections.label[ranking] == label]]
-                result[number, column] = area(hits, total)
+    for column, label in enumerate(labels):
+        theirs = truth.of(label)
+        if not len(theirs.image):
+            continue
+        mine = detections.of(label)
+        ranking = (-mine.score).argsort(kind="stable")
+        taking = ranking if order == "score" else np.arange(len(ranking))
+        match = _right_of_many if second_best else _right_of_best
+        for row, right in enumerate(match(mine, theirs, taking, thresholds, overlap)):
+            result[row, column] = area(right[ranking], len(theirs.image))
     return result
+
+
+def _right_of_best(
+    detections: Boxes, truth: Boxes, taking: np.ndarray, thresholds: Sequence[float], overlap: Overlap
+) -> Iterator[np.ndarray]:
+    """Which detections are right, at each threshold, if each looks at the ground truth that it overlaps most."""
+    row, best = best_match(detections, truth, overlap)
+    for threshold in thresholds:
+        right = np.zeros(len(taking), bool)
+        good = taking[(best[taking] >= threshold) & (row[taking] >= 0)]
+        right[good[np.unique(row[good], return_index=True)[1]]] = True
+        yield right
+
+
+def _right_of_many(
+    detections: Boxes, truth: Boxes, taking: np.ndarray, thresholds: Sequence[float], overlap: Overlap
+) -> Iterator[np.ndarray]:
+    """The same if each looks at all that are not yet taken."""
+    pairs = good_matches(detections, truth, taking, min(thresholds), overlap)
+    for threshold in thresholds:
+        right = np.zeros(len(taking), bool)
+        good = Pairs(*(field[pairs.overlap >= threshold] for field in pairs))
+        right[good.detection[take_turns(good.group, good.detection, good.truth)]] = True
+        yield right

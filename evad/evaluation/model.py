@@ -21,7 +21,7 @@ from ..detector import EVAD, EVADOutput, select_detections
 from ..losses import PERSON
 from ..problems import DataError, Problems
 from .ava import AvaScores, evaluate_ava
-from .average_precision import Boxes, area_under_curve, average_precision, iou, mean
+from .average_precision import Boxes, ScoredBoxes, area_under_curve, average_precision, iou, mean
 from .tubes import LINKING, TubeScores, evaluate_tubes
 
 MATCHED = 0.5  # IoU from which a proposal speaks for a ground-truth box
@@ -113,10 +113,28 @@ def evaluate(model: EVAD, dataset: Dataset, *, match_order: str = "file", **opti
         match_order: "file" (proposals in their order, as released) or "score"; see ``evad.evaluation.ava``.
         options: As for ``collect``.
     Returns:
-        The same on every rank; with another number of ranks the same up to rounding.
+        The same on every rank: the first scores, the others wait. With another number of ranks the same up to rounding.
+    Raises:
+        DataError: on every rank, if no clip can be read.
     """
     counted, tubes = getattr(dataset, "counted", None), dataset if isinstance(dataset, TubeClips) else None
-    return score(collect(model, dataset, **options), match_order=match_order, classes=counted, tubes=tubes)
+    results, made = collect(model, dataset, **options), [None]
+    rank, world = _place()
+    if rank == 0:
+        try:
+            made = [score(results, match_order=match_order, classes=counted, tubes=tubes)]
+        except DataError as error:
+            made = [error]
+    if world > 1:
+        dist.broadcast_object_list(made, src=0)
+    if isinstance(made[0], DataError):
+        raise made[0]
+    return made[0]
+
+
+def _place() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def collect(
@@ -130,7 +148,7 @@ def collect(
     people: People | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[ClipOutcome]:
-    """What a detector finds in every clip of a dataset that can be read, in order, on every rank.
+    """What a detector finds in every clip of a dataset that can be read, in order, on rank 0; nothing on the others.
 
     Args:
         batch_size: Clips at a time.
@@ -140,7 +158,7 @@ def collect(
         people: Another detector's boxes in place of localisation (paper, section 4.2); None to localise.
         progress: Told how many clips of this rank are done, of how many.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = _place()
     results = []
     share = range(rank, len(dataset), world)
     options = {"workers": workers, "threshold": threshold, "autocast": autocast, "people": people}
@@ -148,9 +166,9 @@ def collect(
         results.append(found)
         progress(len(results), len(share))
     if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, results)
-        results = sorted(itertools.chain(*gathered), key=lambda found: found.index)
+        gathered = None if rank else [None] * world
+        dist.gather_object(results, gathered, dst=0)
+        results = sorted(itertools.chain(*gathered or ()), key=lambda found: found.index)
     return results
 
 
@@ -292,10 +310,11 @@ def score(
     )
 
 
-def detections(results: Sequence[ClipOutcome]) -> Boxes:
-    """Every detection with every action, as the rows of AVA's CSV; images are numbered by their place."""
-    found = _boxes(np.arange(len(results)), [f.boxes for f in results], [np.ones_like(f.actions) for f in results])
-    return found._replace(score=np.concatenate([f.actions.ravel() for f in results]).astype(np.float64))
+def detections(results: Sequence[ClipOutcome]) -> ScoredBoxes:
+    """All detections; images are numbered by their place."""
+    image = np.repeat(np.arange(len(results)), [len(found.boxes) for found in results])
+    boxes, scores = (np.concatenate([getattr(found, name) for found in results]) for name in ("boxes", "actions"))
+    return ScoredBoxes(image, boxes.astype(np.float64), scores)
 
 
 def _boxes(image: np.ndarray, boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Boxes:

@@ -32,6 +32,7 @@ from .average_precision import (
     STRICT,
     Boxes,
     Overlap,
+    ScoredBoxes,
     average_precision,
     iou,
     mean,
@@ -59,7 +60,7 @@ LINKING = Linking()
 
 
 class ScoredTube(NamedTuple):
-    group: int  # class and video
+    group: int  # video
     tube: Tube
     score: float  # mean of its boxes
 
@@ -90,7 +91,7 @@ class TubeScores(NamedTuple):
 
 
 def evaluate_tubes(
-    detections: Boxes,
+    detections: Boxes | ScoredBoxes,
     images: Mapping[tuple[str, float], int],
     truth: Annotations,
     fold: int,
@@ -116,7 +117,6 @@ def evaluate_tubes(
         if frame < 1 or frame != int(frame):
             raise DataError(f"{video}: frames must be whole numbers from 1, got {frame:g}")
         place[number] = videos.get(video, -1), frame
-    detections = detections.take(np.isin(detections.label, labels))
     detections = detections.take(place[detections.image, 0] >= 0)
     video, frame = place[detections.image].T
     sizes = np.array([truth.sizes[name] for name in videos], np.float64).reshape(-1, 2)
@@ -129,19 +129,24 @@ def evaluate_tubes(
     spans = max([*frame.tolist(), *(int(tube.frames.max()) for _, _, tube in known), 0]) + 1
     frame_truth = _frames(known, spans)
     frame_ap = _average_precision(detections._replace(image=video * spans + frame), frame_truth, labels)[0]
-    counts = [np.array([(boxes.label == label).sum() for label in labels]) for boxes in (frame_truth, detections)]
+    counts = [np.array([len(boxes.of(label).image) for label in labels]) for boxes in (frame_truth, detections)]
     if linking is None:
         return TubeScores(tuple(labels), frame_ap, None, *counts)
 
-    group = video * (len(labels) + 1) + detections.label
-    found = link(group, frame, detections.box, detections.score, linking)
+    numbered = detections._replace(image=np.arange(len(frame)))
+    found, label_of = [], []
+    for label in labels:
+        mine = numbered.of(label)
+        tubes = link(video[mine.image], frame[mine.image], mine.box, mine.score, linking)
+        found += tubes
+        label_of += [label] * len(tubes)
 
     def overlap(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
         pairs = zip(mine[:, 0].astype(int), theirs[:, 0].astype(int), strict=True)
         return np.array([tube_iou(found[i].tube, known[j][2]) for i, j in pairs])
 
     video_ap = _average_precision(
-        _numbered([divmod(tube.group, len(labels) + 1) for tube in found], [tube.score for tube in found]),
+        _numbered(list(zip([tube.group for tube in found], label_of, strict=True)), [tube.score for tube in found]),
         _numbered([entry[:2] for entry in known], np.ones(len(known))),
         labels,
         (*VIDEO_THRESHOLDS, *STRICT),
@@ -192,7 +197,7 @@ def link(
     """Tubes, those of a group together, best first.
 
     Args:
-        group: Class and video of every detection, [N] int; detections of different ones do not meet.
+        group: Video of every detection of a class, [N] int; detections of different ones do not meet.
         frames: Its frame, [N] int from 1.
         boxes, scores: [N, 4], [N].
     """
