@@ -80,7 +80,7 @@ def detection_losses(
     found, true_boxes = boxes[stage, matching.clip, matching.proposal], true_boxes[matching.target]  # [S, matched, 4]
 
     kind = torch.full(logits.shape[:-1], BACKGROUND, device=logits.device)
-    kind[stage, matching.clip, matching.proposal] = PERSON
+    kind[stage, matching.clip, matching.proposal] = kind.new_full((), PERSON)  # a plain number would be copied to a GPU
     cross_entropy = F.cross_entropy(logits.movedim(-1, 1), kind, reduction="none")
     cross_entropy = (torch.where(kind == PERSON, 1.0, config.background_weight) * cross_entropy).sum((1, 2))
     num_background = counts.clips * logits.shape[2] - counts.matched

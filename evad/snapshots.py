@@ -8,6 +8,7 @@ the snapshot before it serves.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -120,9 +121,7 @@ def read_snapshot(folder: Path) -> Snapshot | None:
     paths = snapshots(folder)
     for path in reversed(paths):
         try:
-            for name, checksum in json.loads((path / CHECKSUMS).read_text()).items():
-                if _checksum(path / name) != checksum:
-                    raise ValueError(f"{name} is not what was written")
+            _verify(path)
             state = torch.load(path / STATE, map_location="cpu", weights_only=True)
             return Snapshot(path, load_file(path / WEIGHTS), state)
         except (OSError, ValueError, RuntimeError, AttributeError, pickle.UnpicklingError, SafetensorError) as error:
@@ -143,8 +142,19 @@ def _step(path: Path) -> int:
 
 def last_good(folder: Path) -> str:
     """For a message."""
-    good = snapshots(folder)
-    return f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+    paths = snapshots(folder)
+    for path in reversed(paths):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            _verify(path)
+            return f"the last good checkpoint is {path}"
+    return "there is no good checkpoint" if paths else "there is no checkpoint yet"
+
+
+def _verify(path: Path) -> None:
+    """Raise where a snapshot's files are not those that were written."""
+    for name, checksum in json.loads((path / CHECKSUMS).read_text()).items():
+        if _checksum(path / name) != checksum:
+            raise ValueError(f"{name} is not what was written")
 
 
 def _checksum(path: Path) -> str:

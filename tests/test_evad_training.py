@@ -25,7 +25,7 @@ from evad.cli import main
 from evad.data import DATASETS, Sample
 from evad.data.actors import ACTIONS
 from evad.recipe import Run, Training, configurations, learning_rate, parameter_groups, read_run
-from evad.snapshots import TrainingError, read_snapshot, snapshots
+from evad.snapshots import TrainingError, last_good, read_snapshot, snapshots
 from evad.training import Trainer
 
 BIKES = Path(__file__).parent / "media" / "bikes.mp4"
@@ -439,6 +439,9 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(name, damage, trained, t
         newest.write_bytes(content)
     else:
         newest.unlink()
+    assert last_good(tmp_path / "run" / "checkpoints").endswith(
+        "the last good checkpoint is " + str(newest.parents[1] / "step_00000005")
+    )
     with pytest.warns(UserWarning, match="step_00000006 is damaged .*: the checkpoint before it is used"):
         result = fit(tmp_path / "run")
     assert result.started_at == 5 and result.weights.read_bytes() == weights
@@ -480,6 +483,7 @@ def trained(tmp_path_factory):
 def test_all_checkpoints_damaged_is_an_error(tmp_path):
     fit(tmp_path, micro_run(epochs=1, keep_checkpoints=1))
     (tmp_path / "checkpoints" / "step_00000003" / "state.pt").write_bytes(b"")
+    assert last_good(tmp_path / "checkpoints") == "there is no good checkpoint"
     with (
         pytest.warns(UserWarning, match="damaged"),
         pytest.raises(TrainingError, match=r"all 1 checkpoints in .* damaged"),
