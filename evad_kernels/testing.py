@@ -82,7 +82,11 @@ def on_default_device(value: object) -> object:
 
 
 def layouts(tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
-    """The same values in other memory layouts, named: contiguous, every dimension strided, last two transposed."""
+    """The same values in other memory layouts, named.
+
+    Contiguous; every dimension strided; the last two transposed; rows (the last dimension) contiguous but apart, as in
+    a slice of channels or with a token left out, once aligned to 16 bytes and once to an element.
+    """
     yield "contiguous", tensor.contiguous()
     padded = tensor.new_empty([2 * size + 1 for size in tensor.shape])
     strided = padded[tuple(slice(1, None, 2) for _ in tensor.shape)]
@@ -90,6 +94,12 @@ def layouts(tensor: Tensor) -> Iterable[tuple[str, Tensor]]:
     yield "strided", strided
     if tensor.ndim >= 2:
         yield "transposed", tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+        *outer, width = tensor.shape
+        for name, offset in (("rows apart", 0), ("rows apart, not aligned", 1)):
+            padded = tensor.new_empty([2 * size + 1 for size in outer] + [width // 16 * 16 + 32])
+            rows = padded[tuple(slice(1, None, 2) for _ in outer)][..., offset : offset + width]
+            rows.copy_(tensor)
+            yield name, rows
 
 
 def assert_registered(op: torch._ops.OpOverload, *args: object) -> None:

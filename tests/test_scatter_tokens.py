@@ -13,6 +13,7 @@ CASES = {
     "one cell": (1, 1, 1, (1, 1, 1)),
     "all kept": (2, 24, 8, (2, 3, 4)),
     "many rows": (1, 700, 33, (8, 11, 13)),
+    "many tokens": (1, 1100, 70, (5, 16, 16)),
     "paper 224": (2, 539, 384, (8, 14, 14)),
 }
 
@@ -58,7 +59,7 @@ def test_matches_reference(backend, case, dtype, fill):
 
 @pytest.mark.parametrize("fill", ["none", "row", "cells"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["odd", "many rows"])
+@pytest.mark.parametrize("case", ["odd", "many rows", "many tokens"])
 def test_gradient(backend, case, dtype, fill):
     tokens, position, grid, fill = make(case, dtype, fill)
     inputs = [tokens] if fill is None else [tokens, fill]
@@ -145,6 +146,28 @@ def test_rejects_position_outside(backend, bad):
         return
     with pytest.raises(ValueError, match=r"scatter_tokens: position must be in \[0, 12\), got"):
         scatter_tokens(tokens, position, grid=(1, 3, 4))
+
+
+@pytest.mark.parametrize("position", [[[11], [-1]], [[12], [0]]], ids=["before", "behind"])
+def test_position_outside_is_no_cell_of_another_sample(backend, position):
+    if backend not in ("triton", "cuda"):
+        pytest.skip("raises: test_rejects_position_outside")
+    tokens = torch.ones(2, 1, 3, requires_grad=True)
+    dense = scatter_tokens(tokens, torch.tensor(position), grid=(1, 3, 4))
+    inside = [[0 <= cell < 12 for cell in row] for row in position]
+    assert dense.flatten(1).sum(1).tolist() == [3 * sum(row) for row in inside]
+    (grad,) = torch.autograd.grad(dense.sum(), tokens)
+    assert grad.tolist() == [[[float(is_cell)] * 3 for is_cell in row] for row in inside]
+
+
+@pytest.mark.parametrize("fill", [(1,), (2, 1)], ids=["row", "cells"])
+def test_gradient_of_the_fill_is_summed_in_float64(backend, fill):
+    if backend == "reference":
+        pytest.skip("autograd sums in float32")
+    fill = torch.zeros(fill, requires_grad=True)
+    dense = scatter_tokens(torch.ones(3, 1, 1), torch.zeros(3, 1, dtype=torch.int64), grid=(1, 1, 2), fill=fill)
+    (grad,) = torch.autograd.grad(dense[:, 0, 0, 1, 0], fill, torch.tensor([2.0**30, 1.0, -(2.0**30)]))
+    assert grad.flatten()[-1] == 1
 
 
 @pytest.mark.parametrize(
