@@ -572,6 +572,45 @@ def test_box_outside_and_box_of_no_area(backend):
     torch.testing.assert_close(samples[2, :, 0], centre[:, None, None].expand(-1, 7, 7))
 
 
+def test_samples_at_the_grids_edges(backend):
+    """One sample a box. At -1 and at the last cell's end it is the cell at that edge, beyond them nothing."""
+    tokens = torch.arange(1.0, 13).view(1, 12, 1)  # of 3 rows and 4 columns
+    places = {(1.0, 1.0): 6, (-1.0, 1.0): 5, (-1.125, 1.0): 0, (4.0, 1.0): 8, (4.125, 1.0): 0}  # x, y
+    places |= {(1.0, -1.0): 2, (1.0, -1.125): 0, (1.0, 3.0): 10, (1.0, 3.125): 0}
+    boxes = torch.tensor([[x - 0.5, y - 0.5, x + 1.5, y + 1.5] for x, y in places])  # the middle, less half a cell
+    options = {"grid": (1, 3, 4), "output_size": 1, "spatial_scale": 1.0, "sampling_ratio": 1}
+    samples = roi_align_3d(tokens, torch.arange(12)[None], boxes[None], **options)
+    assert samples.flatten().tolist() == list(places.values())
+
+
+@KERNELS
+@pytest.mark.parametrize("output_size", [(1, 70), (70, 1)], ids=str)
+def test_more_bins_than_a_tile(backend, output_size):
+    tokens, position, boxes, fill, options = make("long bins")
+    options |= {"output_size": output_size, "sampling_ratio": 1}
+    results = {}
+    for name in ("reference", backend):
+        with use_backend(name):
+            outputs, grads = gradients(
+                lambda x, f: roi_align_3d(x, position, boxes, background=f, **options), [tokens, fill]
+            )
+            results[name] = (*outputs, *grads)
+    for got, want in zip(results[backend], results["reference"], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_tables_of_boxes_of_no_image():
+    """On a GPU nobody has looked at the batch index before the kernel."""
+    if not (_backend.INTERPRETED or torch.get_default_device().type == "cuda"):
+        pytest.skip("Triton needs a GPU or its interpreter")
+    from evad_kernels._boxes_triton import box_tables
+
+    corners, batch = torch.tensor([[0.0, 0, 3, 3]]).expand(3, 4), torch.tensor([1, 2, -1])
+    tables = box_tables(corners, batch, 2, sizes=[3, 4], scales=[1.0], output=(2, 2), sampling_ratio=1)
+    assert tables.weight.any(1).tolist() == [True, False, False]
+    assert (tables.span[1:, ::2] >= tables.span[1:, 1::2]).all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_shape(data):

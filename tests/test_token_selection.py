@@ -273,6 +273,21 @@ def test_gather_gradient_looks_for_no_copy(cpu_kernels):
     assert seconds(far) < 30 * seconds(near)
 
 
+def test_gather_gradient_of_copies_far_apart(backend):
+    """Over a thousand rows: a copy far behind its first, and two that both come late."""
+    index = torch.arange(1200)
+    index[1150], index[1199] = 7, 1100
+    tokens = torch.zeros(1, 1202, 1, requires_grad=True)
+    row = torch.arange(1202.0)
+    kept = gather_tokens(tokens, index[None], num_keyframe=2)
+    (grad,) = torch.autograd.grad(kept, tokens, row[None, :, None])
+    expected = row.clone()
+    expected[2 + 7] += 2 + 1150
+    expected[2 + 1100] += 2 + 1199
+    expected[2 + 1150] = expected[2 + 1199] = 0
+    assert torch.equal(grad.flatten(), expected)
+
+
 def test_gather_gradient_of_complex_tokens(backend):
     tokens, index, num_keyframe = make("odd", torch.complex64, repeated=True)
     tokens.requires_grad_()
