@@ -400,6 +400,49 @@ def test_tie_goes_to_the_first_bin(backend):
 
 
 @POOL
+@pytest.mark.parametrize(("first", "second"), [(9, 10), (0, 19)])
+def test_tie_goes_to_the_first_bin_of_many_columns(backend, first, second):
+    """Ten columns of bins, a cell each: the last of the first row comes before the first of the second."""
+    tokens = torch.ones(1, 20, 1)
+    tokens[0, [first, second]] = 2
+    tokens.requires_grad_()
+    boxes = torch.tensor([[[0.0, 0, 10, 2]]])
+    options = {"grid": (1, 2, 10), "output_size": (2, 10), "sampling_ratio": 1, "spatial_scale": 1.0}
+    (grad,) = torch.autograd.grad(roi_pool_3d(tokens, torch.arange(20)[None], boxes, **options), tokens)
+    assert grad.flatten().nonzero().tolist() == [[first]]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bin_that_is_wider_than_its_samples(backend, op):
+    """Two samples in one bin of eight cells, in a row and in a column: between cells 1 and 2, and 5 and 6."""
+    tokens = 2.0 ** torch.arange(8).view(1, 8, 1)
+    for grid, box in (((1, 1, 8), [0.0, 0, 8, 1]), ((1, 8, 1), [0.0, 0, 1, 8])):
+        options = {"grid": grid, "output_size": 1, "spatial_scale": 1.0}
+        result = OPS[op](tokens, torch.arange(8)[None], torch.tensor([[box]]), **options)
+        assert result.item() == (2 + 4 + 32 + 64) / 4
+
+
+@POOL
+def test_gradient_of_more_frames_than_owners(backend):
+    """400 frames of three images: on a GPU a program owns two of the images, or what is left."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, fill = (torch.randn(shape, generator=generator) for shape in ((3, 300, 1), (400, 1)))
+    position = torch.stack([torch.randperm(400, generator=generator)[:300] for _ in range(3)])
+    boxes = torch.tensor([[[0.0, 0, 1, 1]], [[0.25, 0, 1, 1]], [[0.5, 0.5, 3, 3]]])
+
+    def run(x, f):
+        return roi_pool_3d(x, position, boxes, background=f, grid=(400, 1, 1), output_size=1, spatial_scale=1.0)
+
+    results = {}
+    for name in ("reference", backend):
+        with use_backend(name):
+            outputs, grads = gradients(run, [tokens, fill])
+            results[name] = (*outputs, *grads)
+    for got, want in zip(results[backend], results["reference"], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+@POOL
 @pytest.mark.parametrize("largest", [2.0, math.nan])
 @pytest.mark.parametrize("wide", [True, False])
 def test_tie_goes_to_the_first_bin_of_long_boxes(backend, wide, largest):
